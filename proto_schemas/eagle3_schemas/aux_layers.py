@@ -1,0 +1,51 @@
+"""Which decoder layers are captured: the default rule, its check, and both naming conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from eagle3_schemas.errors import InvalidRequest
+
+AUX_LAYER_CONVENTION: Final = "layer_output"
+"""Layer id i names the *output* of decoder layer i. vLLM and speculators name inputs (ours + 1)."""
+
+NUM_AUX_LAYERS: Final = 3
+
+
+def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
+    """Return `[1, L//2 - 1, L - 4]`, the EAGLE-3 default (as SpecForge and NeMo AutoModel have it).
+
+    Raises:
+        InvalidRequest: the target is too shallow for three distinct ids; pass `aux_layer_ids`.
+    """
+    ids = (1, num_hidden_layers // 2 - 1, num_hidden_layers - 4)
+    if len(set(ids)) != NUM_AUX_LAYERS or not all(0 <= i < num_hidden_layers for i in ids):
+        raise InvalidRequest(
+            f"a target with {num_hidden_layers} decoder layers is too shallow for the default "
+            f"aux_layer_ids [1, L//2 - 1, L - 4] = {list(ids)}, which must be 3 distinct ids in "
+            f"[0, {num_hidden_layers}); pass aux_layer_ids explicitly"
+        )
+    return ids
+
+
+def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
+    """Return the ids as a tuple if they are three distinct decoder layers.
+
+    Raises:
+        InvalidRequest: any other number of ids, a repeated one, or one out of range.
+    """
+    ids = tuple(aux_layer_ids)
+    if (
+        len(ids) != NUM_AUX_LAYERS
+        or len(set(ids)) != NUM_AUX_LAYERS
+        or not all(
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_hidden_layers
+            for i in ids
+        )
+    ):
+        raise InvalidRequest(
+            f"aux_layer_ids must be {NUM_AUX_LAYERS} distinct ids in [0, {num_hidden_layers}) "
+            f"(id i is the output of decoder layer i); got {list(ids)}"
+        )
+    return ids

@@ -1,0 +1,145 @@
+"""Frozen pydantic models, one per message; unknown or ill-typed fields are errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.protocol import PROTOCOL_VERSION, REQUEST_ID_PATTERN
+
+Rows = Literal["position_mask", "loss_mask", "all"]
+"""Which rows of `target_probs` are sent: those trained on (the default), every supervised one
+(P-EAGLE), or every position. `position_mask` is sent whole in any case."""
+
+EncodingName = Literal["probs", "logits", "hidden"]
+RequestId = Annotated[str, Field(pattern=REQUEST_ID_PATTERN)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
+class Message(BaseModel):
+    """Base of all messages: frozen, strict about types, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def parse(kind: type[AnyMessage], fields: dict[str, Any]) -> AnyMessage:
+    """Validate msgpack or JSON values as a message, saying which field was wrong.
+
+    Raises:
+        InvalidRequest: a missing, unknown or ill-typed field.
+    """
+    try:
+        # Lax for tuples only: msgpack and JSON have lists alone.
+        return kind.model_validate(
+            {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in fields.items()
+            }
+        )
+    except ValidationError as exc:
+        problems = "; ".join(
+            f"{'.'.join(map(str, error['loc'])) or 'message'}: {error['msg']}"
+            for error in exc.errors(include_url=False, include_input=False)
+        )
+        raise InvalidRequest(f"{kind.__name__} is not valid: {problems}") from exc
+
+
+class SupervisionRequest(Message):
+    """Fields of a supervision request's frame.
+
+    Its tensors: `attention_mask` and `loss_mask` as bits ([ceil(B*T/8)] uint8, see `pack_bits`),
+    and `input_ids` int32: [B*T], or, when `pad_token_id` is set, only the ids at positions where
+    either mask is 1, in row order; the others are that pad id.
+    """
+
+    request_id: RequestId
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)]
+    sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
+    pad_token_id: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    draft_vocab_digest: Digest
+    aux_layer_ids: Annotated[tuple[int, ...], Field(max_length=256)] | None = None
+    encoding: EncodingName = "probs"
+    rows: Rows = "position_mask"
+    exact: bool = False
+
+
+class SupervisionResponse(Message):
+    """Fields of a supervision response's frame.
+
+    Its tensors: `aux_hidden_states` [n, 3H] in model dtype, the n positions where `attention_mask`
+    is 1 in row order; `position_mask` as bits over [B, T]; and the encoding's tensors for the rows
+    asked for, in row order. It repeats what it answers, so that a client can tell it is its own.
+    """
+
+    request_id: RequestId
+    fingerprint: str
+    draft_vocab_digest: Digest
+    aux_layer_ids: tuple[int, ...]
+    encoding: EncodingName
+    rows: Rows
+
+
+class Limits(Message):
+    """What the server admits in one request."""
+
+    max_tokens_per_request: Count
+    """Largest B * T, padding included."""
+    max_sequence_length: Count | None
+    """Largest T, where the target has a table of learned positions; None: no such table."""
+    max_body_bytes: Count
+
+
+class ModelInfo(Message):
+    """What the server serves (`GET /v1/model`)."""
+
+    protocol_version: int = PROTOCOL_VERSION
+    server_version: str
+    model_id: str
+    revision: str | None
+    architecture: str
+    fingerprint: str
+    """Short digest of the weights: names, shapes, dtypes and sampled bytes."""
+    num_hidden_layers: Count
+    hidden_size: Count
+    vocab_size: Count
+    """V, the width of the logits."""
+    input_vocab_size: Count
+    """Bound of `input_ids`: rows of the input embeddings."""
+    dtype: str
+    device: str
+    device_name: str
+    attn_implementation: str | None
+    torch_version: str
+    num_threads: Count
+    """torch's intra-op threads: on the CPU part of what `exact` depends on."""
+    aux_layer_ids: tuple[int, ...] | None
+    """Used when a request names none; None: the target is too shallow for the default rule."""
+    aux_layer_convention: str
+    head: Literal["full", "rows"]
+    encodings: tuple[str, ...]
+    limits: Limits
+
+
+class DraftVocabInfo(Message):
+    """Answer to a registered draft vocab."""
+
+    digest: Digest
+    draft_vocab_size: Count
+
+
+class Problem(BaseModel):
+    """Body of every error, `application/problem+json` (RFC 9457); unknown members are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    title: str = ""
+    status: int = 0
+    code: str | None = None
+    detail: str = ""
+    request_id: str | None = None
