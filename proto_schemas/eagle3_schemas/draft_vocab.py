@@ -43,10 +43,9 @@ class DraftVocab:
                 "selected_token_ids must be [D] with D >= 1; got shape "
                 f"{list(selected_token_ids.shape)}"
             )
-        if selected_token_ids.is_floating_point() or selected_token_ids.dtype is torch.bool:
-            raise InvalidRequest(
-                f"selected_token_ids must be integer ids; got {selected_token_ids.dtype}"
-            )
+        dtype = selected_token_ids.dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+            raise InvalidRequest(f"selected_token_ids must be integer ids; got {dtype}")
         ids = selected_token_ids.detach().to("cpu", torch.int64, copy=True).contiguous()
         ordered = ids.sort().values
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]

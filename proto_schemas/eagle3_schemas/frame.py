@@ -127,9 +127,11 @@ def decode(body: bytes | bytearray | memoryview | torch.Tensor, *, verify: bool 
 
     Args:
         body: the whole frame; a 1-D uint8 CPU tensor or a writable buffer is not copied.
-        verify: also check each segment's checksum.
+        verify: also check each segment's checksum, and that bools are 0 or 1.
 
     Raises:
+        ValueError: `body` is a tensor that is not 1-D uint8, contiguous, on the CPU and aligned to
+            8 bytes within its storage.
         ProtocolMismatch: another protocol version. Upgrade the older side.
         MalformedPayload: anything else that is not exactly one valid frame.
     """
@@ -188,6 +190,11 @@ def _as_tensor(body: bytes | bytearray | memoryview | torch.Tensor) -> torch.Ten
     if isinstance(body, torch.Tensor):
         if body.dtype is not torch.uint8 or body.ndim != 1:
             raise ValueError(f"expected a 1-D uint8 tensor, got {body.dtype} {tuple(body.shape)}")
+        if body.storage_offset() % 8:  # torch cannot view wider dtypes there
+            raise ValueError(
+                "expected a tensor that starts at a multiple of 8 bytes of its storage, got offset "
+                f"{body.storage_offset()}"
+            )
         return body
     if len(body) == 0:
         return torch.empty(0, dtype=torch.uint8)
@@ -205,6 +212,8 @@ def _unpack_header(header: memoryview) -> tuple[dict[str, Any], list[Any]]:
             max_array_len=1024,
             max_map_len=256,
             max_ext_len=0,
+            ext_hook=_refuse_extension,  # one of no bytes passes the limit
+            object_pairs_hook=_mapping,
         )
     except Exception as exc:  # msgpack raises ValueError, UnicodeDecodeError and its own kinds
         raise MalformedPayload(f"the header is not valid msgpack: {type(exc).__name__}") from exc
@@ -214,8 +223,19 @@ def _unpack_header(header: memoryview) -> tuple[dict[str, Any], list[Any]]:
     raise MalformedPayload(f"expected a header [fields, table of at most {MAX_TENSORS} tensors]")
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+def _mapping(pairs: list[tuple[object, Any]]) -> dict[object, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs) or not all(isinstance(key, str) for key in mapping):
+        raise ValueError("map keys must be distinct strings")
+    return mapping
+
+
+def _refuse_extension(code: int, _data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
+def _is_count(value: object, bits: int = 63) -> bool:
+    return type(value) is int and 0 <= value < 1 << bits  # `type is`: a bool is no count
 
 
 @dataclass(frozen=True)
@@ -249,6 +269,8 @@ class _TensorEntry:
             raise MalformedPayload(f"tensor {name!r}: unknown dtype {dtype_name!r}")
         if len(shape) > MAX_RANK or not all(map(_is_count, (*shape, offset, nbytes))):
             raise MalformedPayload(f"tensor {name!r}: shape, offset and length must be counts")
+        if not _is_count(plain, 64) or not _is_count(weighted, 64):
+            raise MalformedPayload(f"tensor {name!r}: its checksum must be two unsigned words")
         dtype = DTYPES[dtype_name]
         if prod(shape) * dtype.itemsize != nbytes:
             raise MalformedPayload(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,12 +28,14 @@ class Message(BaseModel):
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
-def parse(kind: type[AnyMessage], fields: dict[str, Any]) -> AnyMessage:
+def parse(kind: type[AnyMessage], fields: object) -> AnyMessage:
     """Validate msgpack or JSON values as a message, saying which field was wrong.
 
     Raises:
-        InvalidRequest: a missing, unknown or ill-typed field.
+        InvalidRequest: not a map, or a missing, unknown or ill-typed field.
     """
+    if not isinstance(fields, dict):  # what a JSON body holds at its top is the sender's choice
+        raise InvalidRequest(f"{kind.__name__} must be a map of fields; got {fields!r:.100}")
     try:
         # Lax for tuples only: msgpack and JSON have lists alone.
         return kind.model_validate(

@@ -97,6 +97,8 @@ def checksum_on_device(tensor: torch.Tensor) -> torch.Tensor:
     The bytes are read as little-endian 64-bit words, the last one padded with zeros.
     """
     data = flat_bytes(tensor)
+    if data.storage_offset() % _WORD:  # a slice such as x[1:]: torch views words only when aligned
+        data = data.clone()
     whole = data.numel() // _WORD * _WORD
     words = data[:whole].view(torch.int64) if whole else data.new_empty(0, dtype=torch.int64)
     count = words.numel()

@@ -1,0 +1,308 @@
+"""`RemoteEagle3Backend`: tensors in, `Eagle3TargetBatch` out; chooses a server, retries."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import httpx
+import torch
+
+from eagle3_client.config import (
+    DEFAULT_RETRY_FOR_S,
+    DEFAULT_TIMEOUT_S,
+    ClientSettings,
+    split_urls,
+)
+from eagle3_client.fleet import Fleet
+from eagle3_client.results import RemoteBatchHandle, TargetEmbeddings
+from eagle3_client.retry import Retrier
+from eagle3_client.submission import Submission
+from eagle3_client.workers import DaemonWorkers
+from eagle3_schemas import DraftVocab, Eagle3TargetBackend, Eagle3TargetBatch, ModelInfo
+from eagle3_schemas.errors import (
+    InvalidRequest,
+    PackingUnsupported,
+    RemoteEagle3Error,
+    VocabMappingMissing,
+)
+from eagle3_schemas.messages import Rows
+
+
+class RemoteEagle3Backend(Eagle3TargetBackend):
+    """A remote target that a trainer uses as if it were local. Thread-safe; a context manager.
+
+    Nothing is sent before the first call. Call `set_vocab_mapping` before the first batch. Failures
+    that pass (a server that restarts, a full queue, a broken connection) are repeated for
+    `retry_for_s` seconds; batches are never skipped, resampled or reordered.
+
+    Args:
+        urls: one URL, a comma-separated list, or a sequence: servers of the same target.
+        device: where batches are delivered.
+        token: bearer token, if the servers ask for one.
+        aux_layer_ids: three layers to capture (layer outputs); None takes the server's default.
+        encoding: how supervision rows travel; `auto` chooses.
+        exact: bit-for-bit equality with a co-located target (DESIGN: equal shapes, threads, dtype,
+            attention, torch build and device model).
+        output_dtype: cast of `aux_hidden_states` after transfer, for a draft of another dtype.
+        rows: rows of `target_probs` sent: `position_mask`, `loss_mask` (P-EAGLE) or `all`.
+        timeout_s: seconds without a byte before an attempt is given up and repeated.
+        retry_for_s: seconds after which a request that keeps failing raises.
+        max_retries: also a limit on the number of repeats; None for none.
+        max_in_flight: requests sent at once; None is two a server.
+        transport: httpx transport to use instead of the network's, as tests do.
+
+    Raises:
+        InvalidRequest: an argument that cannot work, with what would.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        device: str | torch.device = "cpu",
+        token: str | None = None,
+        aux_layer_ids: Sequence[int] | None = None,
+        encoding: str = "auto",
+        exact: bool = False,
+        output_dtype: torch.dtype | None = None,
+        rows: Rows = "position_mask",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retry_for_s: float = DEFAULT_RETRY_FOR_S,
+        max_retries: int | None = None,
+        max_in_flight: int | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._settings = ClientSettings(
+            urls=split_urls(urls),
+            device=torch.device(device),
+            token=token,
+            aux_layer_ids=None if aux_layer_ids is None else tuple(aux_layer_ids),
+            encoding=encoding,
+            rows=rows,
+            exact=exact,
+            output_dtype=output_dtype,
+            timeout_s=timeout_s,
+            retry_for_s=retry_for_s,
+            max_retries=max_retries,
+            max_in_flight=max_in_flight,
+        )
+        self._retrier = Retrier(retry_for_s, max_retries)
+        self._fleet = Fleet(self._settings, transport)
+        self._workers = DaemonWorkers(self._settings.in_flight, "eagle3-request")
+        self._lock = threading.Lock()
+        self._draft_vocab: DraftVocab | None = None
+        self._embeddings: TargetEmbeddings | None = None
+        self._closed = False
+
+    @classmethod
+    def from_urls(
+        cls,
+        urls: str | Sequence[str],
+        *,
+        device: str | torch.device = "cpu",
+        timeout: float = DEFAULT_TIMEOUT_S,
+        max_retries: int | None = None,
+        **kwargs: object,
+    ) -> RemoteEagle3Backend:
+        """Build a backend with the names of NeMo AutoModel's client.
+
+        Args:
+            urls: as in the constructor.
+            device: as in the constructor.
+            timeout: `timeout_s`.
+            max_retries: as in the constructor; None leaves it to `retry_for_s`.
+            kwargs: any other argument of the constructor.
+        """
+        return cls(urls, device=device, timeout_s=timeout, max_retries=max_retries, **kwargs)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_env(cls, **kwargs: object) -> RemoteEagle3Backend:
+        """Build a backend from EAGLE3_URLS (comma-separated) and EAGLE3_TOKEN.
+
+        Args:
+            kwargs: any other argument of the constructor.
+
+        Raises:
+            InvalidRequest: EAGLE3_URLS is not set.
+        """
+        urls = os.environ.get("EAGLE3_URLS", "")
+        if not urls:
+            raise InvalidRequest("EAGLE3_URLS is not set; set it to http://host:port[,…]")
+        return cls(urls, token=os.environ.get("EAGLE3_TOKEN") or None, **kwargs)  # type: ignore[arg-type]
+
+    def __enter__(self) -> RemoteEagle3Backend:
+        """Return the backend itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the backend."""
+        self.close()
+
+    @property
+    def supports_async(self) -> bool:
+        """True: `generate_batch_async` overlaps the target with training."""
+        return True
+
+    @property
+    def num_remote_servers(self) -> int:
+        """How many requests are accepted in flight; NeMo's recipe caps its prefetch at this."""
+        return self._settings.in_flight
+
+    @property
+    def bytes_received(self) -> int:
+        """Body bytes received from all servers so far."""
+        return self._fleet.bytes_received
+
+    def model_info(self) -> ModelInfo:
+        """Return what the servers serve; asked once, then kept.
+
+        Raises:
+            FingerprintMismatch: the servers do not serve the same target.
+        """
+        return self._retrier.call(self._fleet.model_info, "model info")
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """Block until every server's target is loaded.
+
+        Args:
+            timeout: seconds to wait; None waits `retry_for_s`.
+
+        Raises:
+            NotReady, TransportError: not ready in time; the message has the last reason.
+            RemoteEagle3Error: an answer that waiting does not change.
+        """
+        deadline = time.monotonic() + (self._settings.retry_for_s if timeout is None else timeout)
+        for connection in self._fleet.connections:
+            remaining = Retrier(max(deadline - time.monotonic(), 0.0))
+            remaining.call(connection.check_ready, f"waiting for {connection.url}")
+
+    def get_input_embeddings(self) -> TargetEmbeddings:
+        """Download the target's input embeddings once, and keep them on the device."""
+        with self._lock:
+            if self._embeddings is None:
+                frame = self._retrier.call(
+                    lambda: self._fleet.connections[0].input_embeddings(), "input embeddings"
+                )
+                weight = frame.tensors["weight"].to(self._settings.device)
+                self._embeddings = TargetEmbeddings(weight)
+            return self._embeddings
+
+    def set_vocab_mapping(
+        self, selected_token_ids: torch.Tensor, selected_token_mask: torch.Tensor
+    ) -> None:
+        """Register a draft vocab on every server and use it for the batches requested from now on.
+
+        Requests already submitted keep theirs. Safe to repeat, and to call with tensors on any
+        device; on an error the former mapping stays.
+
+        Args:
+            selected_token_ids: [D] distinct target ids in any order; the order is kept.
+            selected_token_mask: [V], true for exactly those ids.
+
+        Raises:
+            InvalidRequest: repeated ids, ids outside [0, V), or a mask that marks another set.
+        """
+        vocab = DraftVocab.from_ids(selected_token_ids, selected_token_mask)
+        info = self.model_info()
+        if selected_token_mask.numel() != info.vocab_size:
+            raise InvalidRequest(
+                f"selected_token_mask must be [V] with the target's V = {info.vocab_size} (the "
+                f"width of its logits); got [{selected_token_mask.numel()}]"
+            )
+        for connection in self._fleet.connections:
+            self._retrier.call(
+                lambda to=connection: to.ensure_registered(vocab, info.vocab_size),  # type: ignore[misc]
+                "draft vocab",
+            )
+        self._draft_vocab = vocab
+
+    def generate_batch(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        doc_remaining: torch.Tensor | None = None,
+    ) -> Eagle3TargetBatch:
+        """Get one batch's supervision from a server; blocks. Arguments as `Eagle3TargetBackend`.
+
+        Returns:
+            `aux_hidden_states` [B, T, 3H] (model dtype or `output_dtype`; zeros where not
+            attended), `target_probs` [B, T, D] float32 (zeros in rows not sent), `position_mask`
+            [B, T, 1] bool, and the shifted inputs in the caller's dtypes, all on `device`.
+
+        Raises:
+            InvalidRequest, LimitExceeded: the batch must change; the message says how.
+            VocabMappingMissing: call `set_vocab_mapping` first.
+            TargetFailed: the forward failed; the server's log has the reason.
+            FingerprintMismatch: a server came back with another target.
+            TransportError, NotReady, QueueFull: it kept failing for `retry_for_s`.
+        """
+        submission = self._submission(
+            input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining
+        )
+        return self._deliver(submission)
+
+    def generate_batch_async(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        doc_remaining: torch.Tensor | None = None,
+    ) -> RemoteBatchHandle:
+        """Start `generate_batch` and return a handle; arguments are copied before it returns.
+
+        A request beyond `num_remote_servers` waits its turn. Errors in the arguments are raised
+        here, all others by the handle.
+        """
+        submission = self._submission(
+            input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining
+        )
+        return RemoteBatchHandle(self._workers.submit(lambda: self._deliver(submission)))
+
+    def close(self) -> None:
+        """End all requests and close the sockets; safe to repeat, affects no other client."""
+        self._closed = True
+        self._retrier.close()
+        self._workers.close()
+        self._fleet.close()
+
+    def _submission(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        *packing: torch.Tensor | None,
+    ) -> Submission:
+        """Check and encode a batch on the caller's thread, bound to the mapping current now."""
+        if self._closed:
+            raise RemoteEagle3Error("the backend was closed; build a new one")
+        if any(extra is not None for extra in packing):
+            raise PackingUnsupported(
+                "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; "
+                "send one document per row"
+            )
+        vocab = self._draft_vocab
+        if vocab is None:
+            raise VocabMappingMissing("no draft vocab is set; call set_vocab_mapping first")
+        return Submission.build(self._settings, vocab, input_ids, attention_mask, loss_mask)
+
+    def _deliver(self, submission: Submission) -> Eagle3TargetBatch:
+        """Get a submission's supervision, repeating it on failures that pass."""
+        info = self.model_info()
+        supervision = self._retrier.call(
+            lambda: submission.attempt(self._fleet, info), f"request {submission.request_id}"
+        )
+        return submission.batch(supervision)

@@ -1,0 +1,114 @@
+"""The `eagle3-remote` command. `serve` imports the server lazily, and says how to install it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from eagle3_schemas.errors import RemoteEagle3Error
+
+app = typer.Typer(
+    name="eagle3-remote",
+    help="Remote target-model server and client for EAGLE-3 draft training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"eagle3-remote {version('eagle3-remote')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Remote target-model server and client for EAGLE-3 draft training."""
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, or .gguf file.")],
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on [127.0.0.1]. Wider needs EAGLE3_TOKEN."),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port; 0 takes a free one [8001].")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16 [auto: bfloat16 on CUDA, float32 on CPU]."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="torch device [auto: cuda if there is one].")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2 … [the model's default].")
+    ] = None,
+    aux_layer_ids: Annotated[
+        str | None,
+        typer.Option(help="Default aux layers (layer outputs), as 1,14,26 [1, L//2-1, L-4]."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    max_tokens_per_request: Annotated[
+        int | None, typer.Option(help="Largest B * T of one request [16384].")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option("--trust-remote-code", help="Run Python code of the checkpoint."),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="Allow a wide bind without a token."),
+    ] = None,
+) -> None:
+    """Serve a frozen target LM to trainers.
+
+    Every option can also be set as EAGLE3_NAME, for example EAGLE3_PORT; options win. Bearer
+    tokens come from EAGLE3_TOKEN alone, comma-separated.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    try:
+        from pydantic import ValidationError
+
+        from eagle3_server.config import ServerSettings
+        from eagle3_server.serve import serve as run
+    except ImportError as exc:
+        typer.secho(
+            f"`serve` needs the server's packages ({exc.name or exc} is missing). Install them "
+            'with\n  pip install "eagle3-remote[server]"',
+            err=True,
+        )
+        raise typer.Exit(2) from exc
+    try:
+        settings = ServerSettings(**given)
+        code = run(settings)
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False, include_input=False):
+            name = ".".join(map(str, error["loc"]))
+            typer.secho(f"setting {name}: {error['msg']}", err=True)
+        raise typer.Exit(2) from exc
+    except RemoteEagle3Error as exc:
+        typer.secho(str(exc), err=True)
+        raise typer.Exit(2) from exc
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""`ClientSettings`: every client knob, its unit and its default, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import torch
+
+from eagle3_schemas.encodings import ENCODINGS
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.messages import Rows
+
+DEFAULT_RETRY_FOR_S = 900.0
+"""A 70B target takes minutes to load again; a shorter wait would end runs that could go on."""
+
+DEFAULT_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Settings of one `RemoteEagle3Backend`; its constructor documents the common ones.
+
+    Raises:
+        InvalidRequest: a value that cannot work, with what would.
+    """
+
+    urls: tuple[str, ...]
+    """Servers of one and the same target: `http://host:port` each."""
+    device: torch.device
+    """Where batches are delivered."""
+    token: str | None = None
+    """Bearer token. Who talks to a server that asks for one."""
+    aux_layer_ids: tuple[int, ...] | None = None
+    """Layers captured; None takes the server's. Who trains a draft on other layers."""
+    encoding: str = "auto"
+    """How supervision rows travel. Who compares encodings; `auto` is right otherwise."""
+    rows: Rows = "position_mask"
+    """Rows of target_probs sent. Who trains P-EAGLE (`loss_mask`) or inspects (`all`)."""
+    exact: bool = False
+    """Bit-for-bit equality with a co-located target. Who proves a set-up, or debugs one."""
+    output_dtype: torch.dtype | None = None
+    """Cast of aux_hidden_states after transfer. Who has an fp32 draft on a bf16 target."""
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Seconds without a byte before an attempt is given up. Who has minutes-long forwards."""
+    retry_for_s: float = DEFAULT_RETRY_FOR_S
+    """Seconds a request is repeated before it raises. Who wants to fail sooner, or wait longer."""
+    max_retries: int | None = None
+    """Also a limit on the number of repeats. Who comes from NeMo AutoModel's client."""
+    max_in_flight: int | None = None
+    """Requests sent at once; None is two a server. Who prefetches deeper."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not self.urls:
+            raise InvalidRequest("urls must name at least one server, as http://host:port")
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise InvalidRequest(f"a URL must be http://host:port or https://…; got {url!r}")
+        if len(set(self.urls)) != len(self.urls):
+            raise InvalidRequest(f"each server may be named once; got {list(self.urls)}")
+        if self.encoding != "auto" and self.encoding not in ENCODINGS:
+            raise InvalidRequest(
+                f"encoding must be 'auto' or one of {list(ENCODINGS)}; got {self.encoding!r}"
+            )
+        if self.rows not in ("position_mask", "loss_mask", "all"):
+            raise InvalidRequest(
+                f"rows must be 'position_mask', 'loss_mask' or 'all'; got {self.rows!r}"
+            )
+        if self.output_dtype is not None and not self.output_dtype.is_floating_point:
+            raise InvalidRequest(f"output_dtype must be a float dtype; got {self.output_dtype}")
+        for name in ("timeout_s", "retry_for_s"):
+            if not getattr(self, name) >= 0:
+                raise InvalidRequest(f"{name} must be >= 0 seconds; got {getattr(self, name)}")
+        if self.max_retries is not None and self.max_retries < 0:
+            raise InvalidRequest(f"max_retries must be >= 0 or None; got {self.max_retries}")
+        if self.max_in_flight is not None and self.max_in_flight < 1:
+            raise InvalidRequest(f"max_in_flight must be >= 1 or None; got {self.max_in_flight}")
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent at once."""
+        return self.max_in_flight or 2 * len(self.urls)
+
+
+def split_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one URL, a comma-separated list, or a sequence as a tuple without trailing slashes."""
+    parts = urls.split(",") if isinstance(urls, str) else urls
+    return tuple(part.strip().rstrip("/") for part in parts if part.strip())

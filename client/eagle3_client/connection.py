@@ -1,0 +1,210 @@
+"""`Connection`: one server. HTTP in, project errors and decoded frames out; no retries here."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import httpx
+import torch
+from pydantic import ValidationError
+
+from eagle3_schemas import DraftVocab, ModelInfo
+from eagle3_schemas.errors import (
+    MalformedPayload,
+    ProtocolMismatch,
+    RemoteEagle3Error,
+    TransportError,
+    error_from_problem,
+)
+from eagle3_schemas.frame import EncodedFrame, Frame, decode, encode
+from eagle3_schemas.messages import Problem
+from eagle3_schemas.protocol import (
+    DRAFT_VOCAB_PATH,
+    EMBEDDINGS_PATH,
+    FRAME_MEDIA_TYPE,
+    MODEL_PATH,
+    PROTOCOL_VERSION,
+    READY_PATH,
+    REQUEST_ID_HEADER,
+    SUPERVISION_PATH,
+)
+from eagle3_schemas.supervision import pack_bits
+from eagle3_schemas.tensors import byte_view
+
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class Connection:
+    """Speaks the protocol with one server. Thread-safe: requests run side by side.
+
+    Every failure is a RemoteEagle3Error that carries the server's words and URL.
+
+    Args:
+        url: `http://host:port`.
+        token: bearer token, or None.
+        timeout_s: seconds without a byte before an attempt is given up.
+        max_connections: sockets kept to this server.
+        transport: httpx transport to use instead of the network's.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None,
+        timeout_s: float,
+        max_connections: int,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.url = url
+        self.bytes_received = 0
+        self._lock = threading.Lock()
+        self._registered: set[str] = set()
+        headers = {"accept-encoding": "identity"}
+        if token is not None:
+            headers["authorization"] = f"Bearer {token}"
+        self._http = httpx.Client(
+            base_url=url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_connections),
+            transport=transport,
+            # A target is a direct peer: an ambient http_proxy could not reach a cluster's address.
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        """Close the sockets; requests under way fail."""
+        self._http.close()
+
+    def check_ready(self) -> None:
+        """Raise NotReady unless the server's target is loaded."""
+        self._send("GET", READY_PATH)
+
+    def model_info(self) -> ModelInfo:
+        """Ask what is served.
+
+        Raises:
+            ProtocolMismatch: not an eagle3-remote server of this protocol version.
+        """
+        body = self._send("GET", MODEL_PATH)
+        try:
+            fields = json.loads(bytes(byte_view(body)))
+            version = fields.get("protocol_version")
+            if version != PROTOCOL_VERSION:
+                raise ProtocolMismatch(
+                    f"expected protocol version {PROTOCOL_VERSION}; the server speaks {version}. "
+                    "Upgrade the older side",
+                    url=self.url,
+                )
+            return ModelInfo.model_validate_json(bytes(byte_view(body)))
+        except (ValueError, AttributeError, ValidationError) as exc:
+            if isinstance(exc, RemoteEagle3Error):
+                raise
+            raise ProtocolMismatch(
+                f"the answer to {MODEL_PATH} is not model info of protocol version "
+                f"{PROTOCOL_VERSION}: {exc}. Check the URL and both sides' versions",
+                url=self.url,
+            ) from exc
+
+    def input_embeddings(self) -> Frame:
+        """Download the input embeddings: a frame with `weight`."""
+        return self._decode(self._send("GET", EMBEDDINGS_PATH))
+
+    def supervise(self, frame: EncodedFrame, request_id: str) -> Frame:
+        """Send one supervision request and wait for its response."""
+        body = self._send("POST", SUPERVISION_PATH, frame, request_id)
+        return self._decode(body)
+
+    def ensure_registered(self, vocab: DraftVocab, vocab_size: int) -> None:
+        """Register a draft vocab unless this server is known to have it."""
+        with self._lock:
+            if vocab.digest in self._registered:
+                return
+        tensors = {
+            "selected_token_ids": vocab.selected_token_ids.to(torch.int32),
+            "selected_token_mask": pack_bits(vocab.mask(vocab_size)),
+        }
+        path = DRAFT_VOCAB_PATH.format(digest=vocab.digest)
+        self._send("PUT", path, encode({}, tensors))
+        with self._lock:
+            self._registered.add(vocab.digest)
+
+    def forget_registered(self, digest: str) -> None:
+        """Note that the server no longer has a draft vocab (it restarted, or dropped it)."""
+        with self._lock:
+            self._registered.discard(digest)
+
+    def _decode(self, body: torch.Tensor) -> Frame:
+        try:
+            return decode(body)
+        except MalformedPayload as exc:
+            # The server sends valid frames, so the bytes changed on the way: worth a repeat.
+            raise TransportError(f"the response is corrupted: {exc.detail}", url=self.url) from exc
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        frame: EncodedFrame | None = None,
+        request_id: str | None = None,
+    ) -> torch.Tensor:
+        """Send a request and return the body of a 200 answer as a 1-D uint8 tensor."""
+        headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
+        content = None
+        if frame is not None:
+            headers["content-type"] = FRAME_MEDIA_TYPE
+            content = frame.to_bytes()
+        try:
+            with self._http.stream(method, path, headers=headers, content=content) as response:
+                if response.status_code != 200:
+                    raise self._problem(response)
+                body = self._receive(response)
+        except httpx.TransportError as exc:
+            raise TransportError(
+                f"{type(exc).__name__}: {exc or 'no answer'}", url=self.url, request_id=request_id
+            ) from exc
+        except RuntimeError as exc:
+            if not self._http.is_closed:
+                raise
+            raise RemoteEagle3Error("the backend was closed", url=self.url) from exc
+        with self._lock:
+            self.bytes_received += body.numel()
+        return body
+
+    def _receive(self, response: httpx.Response) -> torch.Tensor:
+        """Read a body straight into one buffer of its announced length."""
+        length = response.headers.get("content-length", "")
+        if not length.isdigit():
+            raise TransportError("the response has no content-length", url=self.url)
+        body = torch.empty(int(length), dtype=torch.uint8)
+        view = byte_view(body)
+        received = 0
+        for chunk in response.iter_raw():
+            if received + len(chunk) > view.nbytes:
+                raise TransportError(
+                    f"the response is longer than its {length} bytes", url=self.url
+                )
+            view[received : received + len(chunk)] = chunk
+            received += len(chunk)
+        if received != view.nbytes:
+            raise TransportError(
+                f"expected {length} bytes; the response ended after {received}", url=self.url
+            )
+        return body
+
+    def _problem(self, response: httpx.Response) -> RemoteEagle3Error:
+        """Rebuild the server's error, keeping its words."""
+        text = response.read().decode(errors="replace")
+        try:
+            problem = Problem.model_validate_json(text)
+        except ValidationError:
+            problem = Problem(detail=text[:500] or response.reason_phrase)
+        error = error_from_problem(
+            problem.code, response.status_code, problem.detail, problem.request_id
+        )
+        error.url = self.url
+        after = response.headers.get("retry-after", "")
+        error.retry_after_s = float(after) if after.isdigit() else None
+        return error

@@ -1,0 +1,39 @@
+"""What a backend's calls return besides batches: a handle, and the target's embeddings."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from eagle3_schemas import Eagle3TargetBatch
+
+
+@dataclass(frozen=True)
+class TargetEmbeddings:
+    """The target's input embeddings on the trainer: all a draft needs to copy them."""
+
+    weight: torch.Tensor
+    """[V, H], model dtype, on the backend's device."""
+
+
+class RemoteBatchHandle:
+    """An `Eagle3TargetBatch` on its way; see `BatchHandle`."""
+
+    def __init__(self, future: Future[Eagle3TargetBatch]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
+        """Wait up to `timeout` seconds for the batch, on the backend's device.
+
+        Raises:
+            TimeoutError: not there yet; the request goes on, call again.
+            concurrent.futures.CancelledError: it was cancelled, or the backend closed.
+            RemoteEagle3Error: the request failed for good.
+        """
+        return self._future.result(timeout)
+
+    def cancel(self) -> bool:
+        """Drop the request if it has not started; return whether it was dropped."""
+        return self._future.cancel()

@@ -1,0 +1,83 @@
+"""Repeats a call that failed for a passing reason, for a bounded time, and says so."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from eagle3_schemas.errors import RemoteEagle3Error
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger("eagle3_client")
+
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 5.0
+_REPORT_EVERY_S = 15.0
+
+
+class Retrier:
+    """Calls until success, an error that no repeat mends, or the end of patience. Thread-safe.
+
+    Supervision is a pure function of the request, so a repeat is safe.
+
+    Args:
+        retry_for_s: seconds from the first failure after which the error is raised.
+        max_retries: repeats after which it is raised even before that; None for no such limit.
+    """
+
+    def __init__(self, retry_for_s: float, max_retries: int | None = None) -> None:
+        self._retry_for_s = retry_for_s
+        self._max_retries = max_retries
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """End every wait; the errors being retried are raised now."""
+        self._closed.set()
+
+    def call(self, attempt: Callable[[], Result], what: str) -> Result:
+        """Run `attempt`, repeating it on retryable errors.
+
+        Waits grow from 0.1 s to 5 s with jitter, or as the server's Retry-After says; a warning
+        every 15 s says what is being waited for.
+
+        Raises:
+            RemoteEagle3Error: the last error, carrying the number of attempts.
+        """
+        attempts = 0
+        first_failure: float | None = None
+        next_report = _REPORT_EVERY_S
+        while True:
+            attempts += 1
+            try:
+                return attempt()
+            except RemoteEagle3Error as error:
+                error.attempts = attempts
+                now = time.monotonic()
+                first_failure = now if first_failure is None else first_failure
+                waited = now - first_failure
+                if (
+                    not error.is_retryable
+                    or (self._max_retries is not None and attempts > self._max_retries)
+                    or self._closed.is_set()
+                ):
+                    raise
+                pause = min(_FIRST_WAIT_S * 2 ** min(attempts - 1, 16), _LONGEST_WAIT_S)
+                pause *= random.uniform(0.5, 1.0)  # ranks that failed together come back apart
+                pause = max(pause, min(error.retry_after_s or 0.0, _LONGEST_WAIT_S))
+                if waited + pause > self._retry_for_s:
+                    raise
+                if waited >= next_report:
+                    logger.warning(
+                        "%s: still retrying after %.0f s and %d attempts (giving up at %.0f s): %s",
+                        what, waited, attempts, self._retry_for_s, error,
+                    )  # fmt: skip
+                    next_report = waited + _REPORT_EVERY_S
+                elif attempts == 1:
+                    logger.info("%s: retrying: %s", what, error)
+            if self._closed.wait(pause):
+                raise RemoteEagle3Error(f"{what}: the backend was closed while retrying")

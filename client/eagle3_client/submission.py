@@ -1,0 +1,144 @@
+"""`Submission`: one batch on its way: encoded when submitted, sent, rebuilt on the device."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+import torch
+
+from eagle3_client.config import ClientSettings
+from eagle3_client.fleet import Fleet
+from eagle3_schemas import DraftVocab, Eagle3TargetBatch, ModelInfo, shift_left_with_zero
+from eagle3_schemas.errors import (
+    InvalidRequest,
+    MalformedPayload,
+    TransportError,
+    VocabMappingMissing,
+)
+from eagle3_schemas.exchange import (
+    Supervision,
+    TokenBatch,
+    check_batch_shapes,
+    pack_request,
+    unpack_response,
+)
+from eagle3_schemas.frame import EncodedFrame
+from eagle3_schemas.messages import SupervisionRequest
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A request with everything it was bound to when it was submitted."""
+
+    settings: ClientSettings
+    request: SupervisionRequest
+    frame: EncodedFrame
+    draft_vocab: DraftVocab
+    sent: TokenBatch
+    input_ids: torch.Tensor  # shifted, on the trainer's device
+    attention_mask: torch.Tensor
+    loss_mask: torch.Tensor  # shifted
+
+    @classmethod
+    def build(
+        cls,
+        settings: ClientSettings,
+        draft_vocab: DraftVocab,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+    ) -> Submission:
+        """Check and encode a batch; it is copied, so the caller may fill its tensors anew.
+
+        Raises:
+            InvalidRequest: shapes or dtypes that are wrong whatever the target is.
+        """
+        check_batch_shapes(input_ids, attention_mask, loss_mask)
+        sent = TokenBatch(
+            input_ids.detach().cpu().long(),
+            attention_mask.detach().cpu().ne(0),
+            loss_mask.detach().cpu().ne(0),
+        )
+        request, frame = pack_request(
+            sent,
+            request_id=uuid.uuid4().hex,
+            draft_vocab_digest=draft_vocab.digest,
+            aux_layer_ids=settings.aux_layer_ids,
+            encoding="probs" if settings.encoding == "auto" else settings.encoding,
+            rows=settings.rows,
+            exact=settings.exact,
+        )
+        return cls(
+            settings=settings,
+            request=request,
+            frame=frame,
+            draft_vocab=draft_vocab,
+            sent=sent,
+            input_ids=shift_left_with_zero(input_ids.detach()).to(settings.device),
+            attention_mask=attention_mask.detach().to(settings.device, copy=True),
+            loss_mask=shift_left_with_zero(loss_mask.detach()).to(settings.device),
+        )
+
+    @property
+    def request_id(self) -> str:
+        """Id under which both sides log this request."""
+        return self.request.request_id
+
+    def attempt(self, fleet: Fleet, info: ModelInfo) -> Supervision:
+        """Send to one server, once; twice if it had forgotten the draft vocab.
+
+        Raises:
+            FingerprintMismatch: another target answered.
+            RemoteEagle3Error: what the server said, or why there was no answer.
+        """
+        digest, vocab_size = self.draft_vocab.digest, info.vocab_size
+        with fleet.least_busy() as connection:
+            connection.ensure_registered(self.draft_vocab, vocab_size)
+            try:
+                frame = connection.supervise(self.frame, self.request_id)
+            except VocabMappingMissing:
+                connection.forget_registered(digest)
+                connection.ensure_registered(self.draft_vocab, vocab_size)
+                frame = connection.supervise(self.frame, self.request_id)
+        fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
+        try:
+            _, supervision = unpack_response(
+                frame,
+                self.request,
+                self.sent,
+                hidden_size=info.hidden_size,
+                draft_vocab_size=self.draft_vocab.draft_vocab_size,
+                device=self.settings.device,
+            )
+        except (MalformedPayload, InvalidRequest) as exc:
+            raise TransportError(
+                f"the response is not the one asked for: {exc.detail}",
+                url=connection.url,
+                request_id=self.request_id,
+            ) from exc
+        return supervision
+
+    def batch(self, supervision: Supervision) -> Eagle3TargetBatch:
+        """Join the supervision with the inputs it belongs to.
+
+        Raises:
+            InvalidRequest: `exact` with an `output_dtype` that loses bits of the model's dtype.
+        """
+        aux, output_dtype = supervision.aux_hidden_states, self.settings.output_dtype
+        if output_dtype is not None:
+            is_lossless = torch.promote_types(aux.dtype, output_dtype) == output_dtype
+            if self.settings.exact and not is_lossless:
+                raise InvalidRequest(
+                    f"exact=True forbids output_dtype {output_dtype}, which cannot hold every "
+                    f"{aux.dtype} of the target; drop one of the two"
+                )
+            aux = aux.to(output_dtype)
+        return Eagle3TargetBatch(
+            aux_hidden_states=aux,
+            input_ids=self.input_ids,
+            attention_mask=self.attention_mask,
+            loss_mask=self.loss_mask,
+            target_probs=supervision.target_probs,
+            position_mask=supervision.position_mask,
+        )

@@ -1,0 +1,60 @@
+"""`DaemonWorkers`: a few threads that carry requests, and never keep a dying process alive."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class DaemonWorkers:
+    """Runs callables on up to `count` daemon threads, in order of submission. Thread-safe.
+
+    Not a ThreadPoolExecutor, whose threads are joined at interpreter exit: a trainer that raised
+    would then hang for as long as a request is retried.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count = count
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, work: Callable[[], Result]) -> Future[Result]:
+        """Queue a callable; a future that is cancelled before it starts is skipped."""
+        future: Future[Result] = Future()
+        self._queue.put((future, work))
+        with self._lock:
+            if len(self._threads) < self._count:
+                thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def close(self) -> None:
+        """Cancel what has not started and end idle threads; does not wait for running work."""
+        try:
+            while (item := self._queue.get_nowait()) is not None:
+                item[0].cancel()
+        except queue.Empty:
+            pass
+        for _ in range(self._count):
+            self._queue.put(None)
+
+    def _loop(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, work = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as exc:  # it belongs to whoever waits for the future
+                future.set_exception(exc)
+            del item, future, work  # an idle thread must not keep a batch alive

@@ -1,0 +1,102 @@
+"""Request body -> validated job. Everything is checked here, before the device sees any of it.
+
+An out-of-range id on a GPU is a device-side assert that poisons the whole process.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from eagle3_schemas import DraftVocab, validate_aux_layer_ids
+from eagle3_schemas.encodings import ENCODINGS
+from eagle3_schemas.errors import InvalidRequest, LimitExceeded
+from eagle3_schemas.exchange import unpack_request
+from eagle3_schemas.frame import decode
+from eagle3_schemas.messages import Limits, SupervisionRequest, parse
+from eagle3_schemas.supervision import unpack_bits
+from eagle3_server.engine import SupervisionJob, TargetDescription
+from eagle3_server.vocab import DraftVocabRegistry
+
+
+def admit_supervision(
+    body: bytearray, description: TargetDescription, limits: Limits, registry: DraftVocabRegistry
+) -> tuple[SupervisionRequest, SupervisionJob]:
+    """Decode and check a supervision request. Pure CPU work, safe on any thread.
+
+    Raises:
+        MalformedPayload: not a frame.
+        InvalidRequest: a field or tensor is wrong.
+        LimitExceeded: larger than the server admits.
+        VocabMappingMissing: the draft vocab is not registered here.
+    """
+    frame = decode(body)
+    request = parse(SupervisionRequest, frame.fields)
+    tokens = request.batch_size * request.sequence_length
+    if tokens > limits.max_tokens_per_request:
+        raise LimitExceeded(
+            f"a request may have {limits.max_tokens_per_request} tokens (max_tokens_per_request); "
+            f"got {request.batch_size} x {request.sequence_length} = {tokens}. Send smaller "
+            "batches, or raise the limit on the server"
+        )
+    longest = limits.max_sequence_length
+    if longest is not None and request.sequence_length > longest:
+        raise LimitExceeded(
+            f"the target has {longest} learned positions; got sequences of "
+            f"{request.sequence_length}. Cut the sequences"
+        )
+    if request.encoding not in ENCODINGS:
+        raise InvalidRequest(
+            f"encoding must be one of {list(ENCODINGS)} on this server; got {request.encoding!r}"
+        )
+    batch = unpack_request(request, frame)
+    lowest, highest = int(batch.input_ids.min()), int(batch.input_ids.max())
+    if lowest < 0 or highest >= description.input_vocab_size:
+        raise InvalidRequest(
+            f"input_ids must be in [0, {description.input_vocab_size}), padding included; got "
+            f"ids from {lowest} to {highest}. Use this target's tokenizer, and a valid pad id"
+        )
+    aux_layer_ids = request.aux_layer_ids
+    if aux_layer_ids is None:
+        aux_layer_ids = description.aux_layer_ids
+        if aux_layer_ids is None:
+            raise InvalidRequest(
+                f"the target has only {description.num_hidden_layers} decoder layers, too few for "
+                "the default rule; name three aux_layer_ids in the request or on the server"
+            )
+    return request, SupervisionJob(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        loss_mask=batch.loss_mask,
+        aux_layer_ids=validate_aux_layer_ids(aux_layer_ids, description.num_hidden_layers),
+        draft_vocab=registry.get(request.draft_vocab_digest),
+        encoding=request.encoding,
+        rows=request.rows,
+        exact=request.exact,
+    )
+
+
+def admit_draft_vocab(body: bytearray, digest: str, vocab_size: int) -> DraftVocab:
+    """Decode and check a draft vocab: ids distinct and in range, mask and digest theirs.
+
+    Raises:
+        MalformedPayload: not a frame.
+        InvalidRequest: the ids, the mask or the digest do not fit.
+    """
+    tensors = decode(body).tensors
+    ids, bits = tensors.get("selected_token_ids"), tensors.get("selected_token_mask")
+    if ids is None or bits is None or len(tensors) != 2 or bits.dtype is not torch.uint8:
+        raise InvalidRequest(
+            "expected tensors selected_token_ids [D] and selected_token_mask (bits, uint8); got "
+            f"{sorted(tensors)}"
+        )
+    if bits.shape != (-(-vocab_size // 8),):
+        raise InvalidRequest(
+            f"selected_token_mask must be bits over the target's vocab of {vocab_size}; got "
+            f"{list(bits.shape)} bytes. Build the mask with the target's vocab size"
+        )
+    vocab = DraftVocab.from_ids(ids)
+    vocab.check_range(vocab_size)
+    vocab = DraftVocab.from_ids(ids, unpack_bits(bits, (vocab_size,)))
+    if vocab.digest != digest:
+        raise InvalidRequest(f"the ids have digest {vocab.digest}; the path says {digest}")
+    return vocab

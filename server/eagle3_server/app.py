@@ -1,0 +1,124 @@
+"""`create_app`: the routes. Each is three moves: decode, ask the target, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from eagle3_schemas.errors import RemoteEagle3Error
+from eagle3_schemas.frame import encode
+from eagle3_schemas.messages import DraftVocabInfo, ModelInfo, SupervisionResponse
+from eagle3_schemas.protocol import (
+    DRAFT_VOCAB_PATH,
+    EMBEDDINGS_PATH,
+    HEALTH_PATH,
+    MODEL_PATH,
+    READY_PATH,
+    SUPERVISION_PATH,
+)
+from eagle3_server.admission import admit_draft_vocab, admit_supervision
+from eagle3_server.asgi import FrameResponse, TokenGuard, problem_response, read_frame_body
+from eagle3_server.config import ServerSettings
+from eagle3_server.engine import Target
+from eagle3_server.service import Service
+
+
+def create_app(
+    target: Target | Callable[[], Target],
+    settings: ServerSettings | None = None,
+    *,
+    on_load_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """Build the service around one target.
+
+    Args:
+        target: a loaded target, or a function that loads one. A function runs on the compute
+            thread when the app starts; until it returns, `/healthz` answers and `/readyz` is 503.
+        settings: limits and tokens; the default reads `EAGLE3_*` variables.
+        on_load_failure: called on the compute thread if loading fails, after readiness says why.
+
+    Returns:
+        The app. One process serves one target; run replicas for more.
+    """
+    settings = ServerSettings() if settings is None else settings
+    service = Service(target, settings)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.start(on_load_failure)
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="eagle3-remote",
+        version=version("eagle3-remote"),
+        lifespan=lifespan,
+        # The interactive pages load scripts from the internet; the schema alone stays.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_middleware(TokenGuard, tokens=settings.tokens())
+    app.add_exception_handler(RemoteEagle3Error, problem_response)
+    app.add_exception_handler(HTTPException, problem_response)
+    app.add_exception_handler(RequestValidationError, problem_response)
+
+    @app.get(HEALTH_PATH)
+    async def health() -> dict[str, str]:
+        """The process is alive; says nothing of the target."""
+        return {"status": "alive"}
+
+    @app.get(READY_PATH)
+    async def ready() -> dict[str, str]:
+        """The target is loaded and requests are served; else 503 with the reason."""
+        service.loaded()
+        return {"status": "ready"}
+
+    @app.get(MODEL_PATH)
+    async def model() -> ModelInfo:
+        """What is served, and its limits."""
+        return service.model_info()
+
+    @app.put(DRAFT_VOCAB_PATH)
+    async def draft_vocab(digest: str, request: Request) -> DraftVocabInfo:
+        """Register a draft vocab under the digest of its ordered ids; safe to repeat."""
+        description = service.loaded().describe()
+        body = await read_frame_body(request, settings.max_body_bytes)
+        vocab = await asyncio.to_thread(admit_draft_vocab, body, digest, description.vocab_size)
+        service.draft_vocabs.register(vocab)
+        return DraftVocabInfo(digest=vocab.digest, draft_vocab_size=vocab.draft_vocab_size)
+
+    @app.get(EMBEDDINGS_PATH)
+    async def input_embeddings(request: Request) -> Response:
+        """The input embeddings, a frame with `weight` [V_in, H]."""
+        target = service.loaded()
+        result = await service.compute(target.input_embeddings, request)
+        fields = {"fingerprint": target.describe().fingerprint}
+        return FrameResponse(encode(fields, result.tensors, result.checksums))
+
+    @app.post(SUPERVISION_PATH)
+    async def supervision(http_request: Request) -> Response:
+        """Aux hidden states and draft-vocab supervision for one batch."""
+        target = service.loaded()
+        description = target.describe()
+        body = await read_frame_body(http_request, settings.max_body_bytes)
+        request, job = await asyncio.to_thread(
+            admit_supervision, body, description, service.limits(), service.draft_vocabs
+        )
+        result = await service.compute(lambda: target.supervise(job), http_request)
+        response = SupervisionResponse(
+            request_id=request.request_id,
+            fingerprint=description.fingerprint,
+            draft_vocab_digest=job.draft_vocab.digest,
+            aux_layer_ids=job.aux_layer_ids,
+            encoding=job.encoding,
+            rows=job.rows,
+        )
+        return FrameResponse(encode(response.model_dump(), result.tensors, result.checksums))
+
+    return app

@@ -1,0 +1,164 @@
+"""What the routes need of HTTP: bodies in, frames and problem documents out, bearer tokens."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import uuid
+from http import HTTPStatus
+
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from eagle3_schemas.errors import (
+    InvalidRequest,
+    LimitExceeded,
+    MalformedPayload,
+    RemoteEagle3Error,
+    Unauthorized,
+    kind_of,
+)
+from eagle3_schemas.frame import EncodedFrame
+from eagle3_schemas.protocol import (
+    FRAME_MEDIA_TYPE,
+    HEALTH_PATH,
+    PROBLEM_MEDIA_TYPE,
+    READY_PATH,
+    REQUEST_ID_HEADER,
+    REQUEST_ID_PATTERN,
+)
+
+_MESSAGE_BYTES = 1 << 20  # the transport may hold one message back: small ones bound that memory
+
+
+def request_id_of(request: Request) -> str:
+    """Return the caller's request id if it is safe to log, else one made here once."""
+    known: str | None = getattr(request.state, "request_id", None)
+    if known is None:
+        sent = request.headers.get(REQUEST_ID_HEADER, "")
+        known = sent if re.match(REQUEST_ID_PATTERN, sent) else uuid.uuid4().hex
+        request.state.request_id = known
+    return known
+
+
+async def read_frame_body(request: Request, max_body_bytes: int) -> bytearray:
+    """Receive a frame into one buffer of the announced size.
+
+    Raises:
+        MalformedPayload: another media type, a compressed body, or one that ended early.
+        LimitExceeded: larger than `max_body_bytes`.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    if media_type != FRAME_MEDIA_TYPE:
+        raise MalformedPayload(f"expected content-type {FRAME_MEDIA_TYPE}; got {media_type!r}")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise MalformedPayload(f"expected an uncompressed body; got content-encoding {coding!r}")
+    length = request.headers.get("content-length", "")
+    if not length.isascii() or not length.isdigit():
+        raise MalformedPayload("expected a content-length; send the body in one piece")
+    if int(length) > max_body_bytes:
+        raise LimitExceeded(
+            f"a request body may have {max_body_bytes} bytes (max_body_bytes); got {length}. Send "
+            "smaller batches, or raise the limit on the server"
+        )
+    body = bytearray(int(length))
+    received = 0
+    try:
+        async for chunk in request.stream():
+            if received + len(chunk) > len(body):
+                raise MalformedPayload(f"the body is longer than its content-length {length}")
+            body[received : received + len(chunk)] = chunk
+            received += len(chunk)
+    except ClientDisconnect as exc:
+        raise MalformedPayload("the client went away while sending") from exc
+    if received != len(body):
+        raise MalformedPayload(f"expected {length} bytes; the body ended after {received}")
+    return body
+
+
+class FrameResponse(Response):
+    """Sends a frame's views one after another, without joining them."""
+
+    def __init__(self, frame: EncodedFrame) -> None:
+        self._frame = frame
+        super().__init__(headers={"content-length": str(frame.nbytes)}, media_type=FRAME_MEDIA_TYPE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head, then messages of at most 1 MiB."""
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        for part in self._frame.parts:
+            for start in range(0, part.nbytes, _MESSAGE_BYTES):
+                body = part[start : start + _MESSAGE_BYTES]
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def problem_response(request: Request, exc: Exception) -> Response:
+    """Turn any error into `application/problem+json` with code, detail and request id."""
+    request_id = request_id_of(request)
+    headers = {REQUEST_ID_HEADER: request_id}
+    if isinstance(exc, RequestValidationError):
+        exc = InvalidRequest(f"the request is not valid: {exc.errors()}")
+    if isinstance(exc, RemoteEagle3Error):
+        kind, detail = kind_of(exc), exc.detail
+        code, status = kind.code, kind.status
+        if exc.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, round(exc.retry_after_s)))
+        if status == 401:
+            headers["www-authenticate"] = "Bearer"
+    else:
+        # A path or method the framework does not know: most likely another protocol version.
+        assert isinstance(exc, HTTPException)
+        code, status, detail = "protocol_mismatch", exc.status_code, str(exc.detail)
+        detail = f"{detail}: {request.method} {request.url.path} is not a path of this server"
+        headers.update(exc.headers or {})
+    return JSONResponse(
+        {
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "code": code,
+            "detail": detail,
+            "request_id": request_id,
+        },
+        status,
+        headers,
+        PROBLEM_MEDIA_TYPE,
+    )
+
+
+class TokenGuard:
+    """ASGI middleware: every path but health and readiness needs a bearer token, if any is set."""
+
+    def __init__(self, app: ASGIApp, tokens: tuple[str, ...]) -> None:
+        self._app = app
+        self._tokens = [token.encode() for token in tokens]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if (
+            scope["type"] == "http"
+            and self._tokens
+            and scope["path"] not in (HEALTH_PATH, READY_PATH)
+            and not self._is_known(Headers(scope=scope).get("authorization", ""))
+        ):
+            error = Unauthorized(
+                "expected a valid bearer token; pass token= to RemoteEagle3Backend or set "
+                "EAGLE3_TOKEN to one of the server's tokens"
+            )
+            await problem_response(Request(scope), error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_known(self, authorization: str) -> bool:
+        scheme, _, sent = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        # Compare with all of them, so that the time taken says nothing.
+        return any([hmac.compare_digest(sent.encode(), token) for token in self._tokens])

@@ -1,0 +1,91 @@
+"""`ComputeThread`: the one thread that owns the model, behind a bounded queue."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from eagle3_schemas.errors import NotReady, QueueFull, RemoteEagle3Error, TargetFailed
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+class ComputeThread:
+    """Runs callables one after another, in the order they were submitted. Thread-safe.
+
+    No caller can forget a lock, and the event loop stays free during a forward.
+
+    Args:
+        max_queued: callables that may wait; one more is refused with QueueFull.
+    """
+
+    def __init__(self, max_queued: int) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._max_queued = max_queued
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Callable[[], Result], request_id: str = "-") -> Future[Result]:
+        """Queue a callable; its future carries its result, or a RemoteEagle3Error.
+
+        Any other exception is logged with its traceback under `request_id` and becomes a
+        TargetFailed that tells the client where to look.
+
+        Raises:
+            QueueFull: `max_queued` callables wait already.
+            NotReady: the thread was closed.
+        """
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except RemoteEagle3Error as exc:
+                future.set_exception(exc)
+            except BaseException as exc:  # whatever a model raises must not end the thread
+                logger.exception("request %s failed in the target", request_id)
+                failure = TargetFailed(
+                    f"the target failed with {type(exc).__name__}; the server's log has the "
+                    f"traceback under request id {request_id}"
+                )
+                failure.__cause__ = exc
+                future.set_exception(failure)
+
+        with self._lock:
+            if self._closed:
+                raise NotReady("the server is stopping")
+            if self._queue.qsize() >= self._max_queued:
+                raise QueueFull(
+                    f"{self._max_queued} requests wait already (max_queued_requests); repeat "
+                    "later, or raise the limit on the server",
+                    retry_after_s=1.0,
+                )
+            if self._thread is None:
+                # A daemon, so that a forward that hangs cannot keep a dying process alive.
+                self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
+                self._thread.start()
+            self._queue.put(run)
+        return future
+
+    def close(self) -> None:
+        """Refuse new work, finish what is queued, and end the thread. Safe to repeat."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _loop(self) -> None:
+        while (run := self._queue.get()) is not None:
+            run()

@@ -1,0 +1,74 @@
+"""`ServerSettings`: every server knob, its unit and default, from flags or `EAGLE3_*` variables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+_CLIENT_VARIABLES = frozenset({"EAGLE3_URLS"})
+
+
+class ServerSettings(BaseSettings):
+    """Settings of one server process; frozen, checked once. Arguments win over variables.
+
+    A field `name` is also read from the environment variable `EAGLE3_NAME`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="EAGLE3_", frozen=True, extra="forbid")
+
+    model: str | None = None
+    """Hub id, directory of a checkpoint, or path of a .gguf file. Everybody who runs `serve`."""
+    revision: str | None = None
+    """Hub branch, tag or commit. Who wants a run to be repeatable from a hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Who serves trainers on other hosts: 0.0.0.0, with a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8001
+    """TCP port; 0 takes a free one. Who runs several servers on a host."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; auto is bfloat16 on CUDA and float32 on the CPU. Who needs exact
+    equality with a co-located target of another dtype."""
+    device: str = "auto"
+    """torch device; auto is cuda if there is one. Who has several GPUs: cuda:1."""
+    attn_implementation: str | None = None
+    """transformers' attention (sdpa, eager, flash_attention_2). Who compares with such a target."""
+    aux_layer_ids: Annotated[tuple[int, ...] | None, NoDecode] = None
+    """Layers captured when a request names none, as `1,14,26`; default [1, L//2 - 1, L - 4]. Who
+    trains drafts on other layers and cannot say so in the trainer."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Who serves an architecture transformers does
+    not have, and has read that code."""
+    token: SecretStr | None = None
+    """Bearer token(s) clients must send, comma-separated. Who listens beyond this host. There is no
+    flag for it, since arguments show in process lists: set EAGLE3_TOKEN."""
+    insecure: bool = False
+    """Allow listening beyond this host without a token. Who has a network nobody else is on."""
+    max_tokens_per_request: Annotated[int, Field(ge=1)] = 16384
+    """Largest B * T of one request, padding included. Who has memory for more, or for less."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
+    """Largest request body, bytes. Who registers draft vocabs of more than 8 million ids."""
+    max_queued_requests: Annotated[int, Field(ge=1)] = 64
+    """Requests that may wait for the model. Who has more than 32 trainers on one server."""
+    max_draft_vocabs: Annotated[int, Field(ge=1)] = 64
+    """Draft vocabs kept; the least recently used goes first. Who has more drafts in training."""
+
+    @field_validator("aux_layer_ids", mode="before")
+    @classmethod
+    def _split_ids(cls, value: object) -> object:
+        """Take `1,14,26` as well as a sequence of ints."""
+        if isinstance(value, str):
+            return tuple(int(part) for part in value.split(","))
+        return value
+
+    def tokens(self) -> tuple[str, ...]:
+        """Return the accepted bearer tokens; none means that no token is asked for."""
+        value = self.token.get_secret_value() if self.token else ""
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """Return the `EAGLE3_*` names no setting reads: a misspelt variable must not be ignored."""
+    known = {f"EAGLE3_{name.upper()}" for name in ServerSettings.model_fields} | _CLIENT_VARIABLES
+    return sorted(name for name in names if name.startswith("EAGLE3_") and name not in known)

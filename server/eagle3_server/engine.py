@@ -1,0 +1,75 @@
+"""The seam between the service and whatever runs the target: two dataclasses and a Protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.messages import EncodingName, Rows
+from eagle3_schemas.tensors import Checksum
+
+
+@dataclass(frozen=True)
+class TargetDescription:
+    """What the target is; constant while it is loaded."""
+
+    model_id: str
+    revision: str | None
+    architecture: str
+    fingerprint: str
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int  # V, the width of the logits
+    input_vocab_size: int  # rows of the input embeddings
+    max_sequence_length: int | None
+    dtype: str
+    device: str
+    device_name: str
+    attn_implementation: str | None
+    aux_layer_ids: tuple[int, ...] | None
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class SupervisionJob:
+    """One validated request; its tensors are [B, T] on the CPU."""
+
+    input_ids: torch.Tensor  # int64, every id within the embeddings
+    attention_mask: torch.Tensor  # bool
+    loss_mask: torch.Tensor  # bool, unshifted
+    aux_layer_ids: tuple[int, ...]
+    draft_vocab: DraftVocab
+    encoding: EncodingName
+    rows: Rows
+    exact: bool
+
+
+@dataclass(frozen=True)
+class HostTensors:
+    """Results in host memory, each with the checksum taken where it was computed."""
+
+    tensors: dict[str, torch.Tensor]
+    checksums: dict[str, Checksum]
+
+
+class Target(Protocol):
+    """An engine that supervises. All calls come from one thread, which owns the model.
+
+    A result depends on its job alone: never on other jobs, the queue, or free memory.
+    """
+
+    def describe(self) -> TargetDescription:
+        """Return what is served."""
+
+    def supervise(self, job: SupervisionJob) -> HostTensors:
+        """Run one job; `SupervisionResponse` lists the tensors.
+
+        Raises:
+            TargetFailed: non-finite values, or the forward failed.
+        """
+
+    def input_embeddings(self) -> HostTensors:
+        """Return `weight` [input_vocab_size, H], model dtype."""

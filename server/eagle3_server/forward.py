@@ -1,0 +1,88 @@
+"""One forward of the target: logits, and the outputs of three decoder layers caught by hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from eagle3_server.layout import decoder_layers
+
+
+@contextmanager
+def capture_layers(
+    model: nn.Module, aux_layer_ids: Sequence[int]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Catch the outputs of decoder layers during forwards inside the block; hooks always go.
+
+    Yields:
+        A dict that each forward fills: layer id -> that layer's output, [B, T, H].
+
+    Raises:
+        IndexError: an id outside the model's layers; validate ids first.
+    """
+    captured: dict[int, torch.Tensor] = {}
+    layers = decoder_layers(model)
+
+    def hook(layer_id: int) -> Any:  # torch's own hook type is not importable
+        def catch(_module: nn.Module, _inputs: object, output: Any) -> None:
+            # Falcon, Bloom and MPT return a tuple whose first entry is the state.
+            captured[layer_id] = output[0] if isinstance(output, tuple) else output
+
+        return catch
+
+    handles: list[Any] = []
+    try:
+        handles += [layers[i].register_forward_hook(hook(i)) for i in aux_layer_ids]
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward_with_aux(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    aux_layer_ids: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the target once under `no_grad`, without a cache.
+
+    Never `inference_mode`: a co-located trainer saves these states for its backward.
+
+    Args:
+        model: a causal LM in eval mode; Hugging Face's, or one that returns the logits tensor.
+        input_ids: [B, T] integer, on the model's device.
+        attention_mask: [B, T], non-zero where attended, any dtype.
+        aux_layer_ids: validated layer ids.
+
+    Returns:
+        `aux_hidden_states` [B, T, 3H], model dtype, and logits [B, T, V], both unshifted.
+
+    Raises:
+        RuntimeError: the forward did not pass through every aux layer.
+    """
+    with torch.no_grad(), capture_layers(model, aux_layer_ids) as captured:
+        output = model(
+            input_ids=input_ids,
+            # One dtype for all callers: an equal mask must give equal bits.
+            attention_mask=attention_mask.ne(0).long(),
+            **_flags(model),
+        )
+    missing = [i for i in aux_layer_ids if i not in captured]
+    if missing:
+        raise RuntimeError(f"the forward did not pass through decoder layers {missing}")
+    aux_hidden_states = torch.cat([captured[i] for i in aux_layer_ids], dim=-1)
+    logits = output.logits if hasattr(output, "logits") else output
+    return aux_hidden_states, logits
+
+
+def _flags(model: nn.Module) -> dict[str, bool]:
+    """Switch off what costs memory; models that declare none of these take no such argument."""
+    parameters = inspect.signature(model.forward).parameters
+    names = ("use_cache", "output_hidden_states", "output_attentions")
+    return {name: False for name in names if name in parameters}

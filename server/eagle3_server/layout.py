@@ -1,0 +1,55 @@
+"""Where things are in a transformers model: its decoder layers and its learned positions."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from eagle3_schemas.errors import InvalidRequest
+
+
+def text_config(model: nn.Module) -> object:
+    """Return the config of the decoder: the model's own, or the text part of a multimodal one."""
+    config = model.config
+    getter = getattr(config, "get_text_config", None)
+    if getter is not None:
+        return getter(decoder=True)
+    return getattr(config, "text_config", None) or config
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers in order.
+
+    They are the outermost ModuleList (or ModuleDict keyed by `str(i)`) of length
+    `num_hidden_layers` under the model's decoder: `model.layers`, `transformer.h`, `blocks`, …
+
+    Raises:
+        InvalidRequest: no such container; the model is not one whose layers can be hooked.
+    """
+    count = text_config(model).num_hidden_layers  # type: ignore[attr-defined]
+    getter = getattr(model, "get_decoder", None)
+    root = getter() if getter is not None else model
+    for module in (root if isinstance(root, nn.Module) else model).modules():
+        # modules() goes from the outside in, so the layers come before lists of experts in them.
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+        if isinstance(module, nn.ModuleDict) and list(module) == [str(i) for i in range(count)]:
+            return [module[str(i)] for i in range(count)]
+    raise InvalidRequest(
+        f"{type(model).__name__}: found no ModuleList or ModuleDict of num_hidden_layers={count} "
+        "decoder layers; aux_hidden_states cannot be captured from this model"
+    )
+
+
+def max_sequence_length(model: nn.Module) -> int | None:
+    """Return the longest T a table of learned positions admits (GPT-2, OPT), or None without one.
+
+    Rotary and ALiBi models have no such table. A position beyond it would be a device-side assert
+    on a GPU, which poisons the process.
+    """
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("wpe", "embed_positions", "position_embeddings") and isinstance(
+            module, nn.Embedding
+        ):
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None

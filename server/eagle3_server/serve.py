@@ -1,0 +1,106 @@
+"""ServerSettings -> target -> app -> uvicorn; what `eagle3-remote serve` runs."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import time
+
+import uvicorn
+
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_server.app import create_app
+from eagle3_server.config import ServerSettings, unknown_variables
+from eagle3_server.engine import TargetDescription
+from eagle3_server.loading import load_target
+from eagle3_server.transformers_target import TransformersTarget
+
+_KEEP_ALIVE_S = 600  # uvicorn's 5 s would close connections between two optimizer steps
+
+logger = logging.getLogger("eagle3_server")
+
+
+def serve(settings: ServerSettings) -> int:
+    """Load the target and serve it until a signal; returns the process's exit code.
+
+    Raises:
+        InvalidRequest: settings that must not be served, such as a wide bind without a token.
+    """
+    _check(settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    failures: list[BaseException] = []
+
+    def load() -> TransformersTarget:
+        started = time.monotonic()
+        target = load_target(settings)
+        seconds = time.monotonic() - started
+        logger.info("%s", _summary(target.describe(), seconds))
+        logger.info("ready: trainers use http://%s:%d", settings.host, _port(server))
+        return target
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(load, settings, on_load_failure=stop)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            access_log=False,
+            log_config=None,
+        )
+    )
+    logger.info("loading %s", settings.model)
+    server.run()
+    return 1 if failures or not server.started else 0
+
+
+def _check(settings: ServerSettings) -> None:
+    """Refuse settings that are unsafe, or variables that nothing reads."""
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        raise InvalidRequest(
+            f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
+            "see `eagle3-remote serve --help`, and unset or correct them"
+        )
+    if not (_is_loopback(settings.host) or settings.tokens() or settings.insecure):
+        raise InvalidRequest(
+            f"--host {settings.host} lets other hosts in, and no token is set. Run\n"
+            "  export EAGLE3_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))')\n"
+            "and give trainers the same variable; or add --insecure on a network of your own"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _port(server: uvicorn.Server) -> int:
+    """Return the port really bound, which differs from the setting when that is 0."""
+    while not server.started and not server.should_exit:
+        time.sleep(0.01)
+    for listener in server.servers:
+        for socket in listener.sockets:
+            return int(socket.getsockname()[1])
+    return server.config.port
+
+
+def _summary(target: TargetDescription, seconds: float) -> str:
+    layers = "none (name three per request)"
+    if target.aux_layer_ids is not None:
+        layers = ", ".join(map(str, target.aux_layer_ids))
+    return (
+        f"loaded {target.model_id} ({target.architecture}) in {seconds:.1f} s: "
+        f"{target.num_hidden_layers} layers, H {target.hidden_size}, V {target.vocab_size}, "
+        f"{target.dtype} on {target.device_name}, attention {target.attn_implementation}; "
+        f"aux layers {layers} (layer outputs); fingerprint {target.fingerprint}"
+    )

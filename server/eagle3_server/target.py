@@ -1,0 +1,100 @@
+"""`HFEagle3TargetModel`: the co-located backend, a causal LM in the trainer's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from eagle3_schemas import (
+    Eagle3TargetBackend,
+    Eagle3TargetBatch,
+    EmbeddingsLike,
+    default_aux_layer_ids,
+    shift_left_with_zero,
+    validate_aux_layer_ids,
+)
+from eagle3_schemas.errors import InvalidRequest, PackingUnsupported
+from eagle3_server.forward import forward_with_aux
+from eagle3_server.layout import decoder_layers
+
+
+class HFEagle3TargetModel(Eagle3TargetBackend):
+    """Co-located EAGLE-3 target: full logits and three hidden states from a causal LM.
+
+    The same contract as NeMo AutoModel's class of that name. Supervision carries full `logits`;
+    the trainer projects them, so `set_vocab_mapping` does nothing. Not thread-safe: hooks sit on
+    the shared model during a forward.
+
+    Args:
+        model: a Hugging Face causal LM on its device; put into eval mode.
+        aux_layer_ids: three distinct decoder layers whose outputs are captured; the default is
+            `[1, L//2 - 1, L - 4]`.
+        cp_mesh: must be None; context parallelism is not supported yet.
+
+    Raises:
+        InvalidRequest: bad `aux_layer_ids`, a target too shallow for the default, no decoder
+            layers found, or a `cp_mesh`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        aux_layer_ids: Sequence[int] | None = None,
+        cp_mesh: object | None = None,
+    ) -> None:
+        if cp_mesh is not None:
+            raise InvalidRequest("cp_mesh must be None: context parallelism is not supported yet")
+        num_layers = len(decoder_layers(model))
+        self.aux_layer_ids = (
+            default_aux_layer_ids(num_layers)
+            if aux_layer_ids is None
+            else validate_aux_layer_ids(aux_layer_ids, num_layers)
+        )
+        self.model = model.eval()
+
+    def get_input_embeddings(self) -> EmbeddingsLike:
+        """Return the target's own input embedding module."""
+        embeddings: EmbeddingsLike = self.model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings
+
+    def generate_batch(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        loss_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        doc_remaining: torch.Tensor | None = None,
+    ) -> Eagle3TargetBatch:
+        """Run the target on one batch; arguments and frame as `Eagle3TargetBackend` says.
+
+        All tensors must be on the model's device; so are the results: `aux_hidden_states`
+        [B, T, 3H] in model dtype, `logits` [B, T, V] shifted left.
+
+        Raises:
+            PackingUnsupported: `position_ids`, `seq_lens` or `doc_remaining` were given.
+            InvalidRequest: the masks' shapes differ from [B, T].
+        """
+        if any(extra is not None for extra in (position_ids, seq_lens, doc_remaining)):
+            raise PackingUnsupported(
+                "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; "
+                "send one document per row"
+            )
+        for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
+            if mask.shape != input_ids.shape or input_ids.ndim != 2:
+                raise InvalidRequest(
+                    f"input_ids and {name} must both be [B, T]; got {list(input_ids.shape)} and "
+                    f"{list(mask.shape)}"
+                )
+        aux_hidden_states, logits = forward_with_aux(
+            self.model, input_ids, attention_mask, self.aux_layer_ids
+        )
+        return Eagle3TargetBatch(
+            aux_hidden_states=aux_hidden_states,
+            logits=shift_left_with_zero(logits),
+            input_ids=shift_left_with_zero(input_ids),
+            attention_mask=attention_mask,
+            loss_mask=shift_left_with_zero(loss_mask),
+        )
