@@ -1,0 +1,37 @@
+# Every target sets up what it needs in .venv/ first; all are safe to repeat.
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+
+.PHONY: help demo test test-all soak lint setup clean
+
+help:
+	@echo "make demo      serve a real target, train a small draft against it, plot the losses"
+	@echo "make test      lint, types, and all tests that need only pip (3 minutes)"
+	@echo "make test-all  what needs more: real weights, the peer's package, processes"
+	@echo "make soak      hour-long fuzzing"
+	@echo "PYTHON=...     interpreter to build .venv/ with; its torch is reused if it has one"
+
+setup:
+	@$(PYTHON) tools/set_up.py dev
+
+demo:
+	@$(PYTHON) tools/set_up.py demo
+	@$(VENV_PYTHON) examples/demo.py $(DEMO_ARGS)
+
+lint: setup
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+test: lint
+	$(VENV_PYTHON) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all:
+	@$(PYTHON) tools/set_up.py dev demo peer
+	$(VENV_PYTHON) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+soak: setup
+	$(VENV_PYTHON) -m pytest -m "not slow and not gpu" tests/schemas --hypothesis-profile=soak --timeout=7200
+
+clean:
+	rm -rf .venv demo-report
