@@ -1,5 +1,7 @@
-"""A small EAGLE-3 draft, written from its definition in Li et al., "EAGLE-3: Scaling up Inference
-Acceleration of Large Language Models via Training-Time Test" (arXiv 2503.01840), section 3.
+"""A small EAGLE-3 draft.
+
+Written from the definition in Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large
+Language Models via Training-Time Test" (arXiv 2503.01840), section 3.
 
 One decoder layer. Its attention reads, side by side, the embedding of the next token and a hidden
 state: in step 0 the target's three aux hidden states fused by ``fc``, later the draft's own output
@@ -39,7 +41,9 @@ class DraftConfig:
     @classmethod
     def for_hidden_size(cls, hidden_size: int, draft_vocab_size: int) -> DraftConfig:
         """Choose proportions usual for Llama: heads of 64, three queries a key, MLP of 8/3 H."""
-        num_heads = next(n for n in range(max(1, hidden_size // 64), 0, -1) if hidden_size % (2 * n) == 0)
+        num_heads = next(
+            n for n in range(max(1, hidden_size // 64), 0, -1) if hidden_size % (2 * n) == 0
+        )
         return cls(
             hidden_size=hidden_size,
             draft_vocab_size=draft_vocab_size,
@@ -99,7 +103,9 @@ class DraftAttention(nn.Module):
         cache.keys.append(key.repeat_interleave(queries_per_key, dim=1))
         cache.values.append(value.repeat_interleave(queries_per_key, dim=1))
 
-        causal = torch.ones(sequence_length, sequence_length, dtype=torch.bool, device=states.device)
+        causal = torch.ones(
+            sequence_length, sequence_length, dtype=torch.bool, device=states.device
+        )
         visible = causal.tril() & attention_mask.bool()[:, None, None, :]  # [B, 1, T, T]
         context = query @ cache.keys[0].transpose(-1, -2)  # [B, heads, T, T]
         # A finite fill, because a padding slot on the left sees nothing at all in step 0.

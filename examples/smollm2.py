@@ -80,11 +80,11 @@ def _convert(gguf_file: Path, checkpoint: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    directory, name = gguf_file.parent, gguf_file.name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the GGUF reader hands torch read-only numpy arrays
-        model = AutoModelForCausalLM.from_pretrained(**source)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name)
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     # The tensors are dequantised by now, but the model still says it is a GGUF one, and would then
     # refuse to be cast or saved (transformers 5.23).
     if hasattr(model.config, "quantization_config"):
@@ -100,6 +100,8 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=smollm2_checkpoint.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Fetch SmolLM2-135M-Instruct and print its directory."
+    )
     parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE_DIR)
     print(smollm2_checkpoint(parser.parse_args().cache_dir))

@@ -1,0 +1,169 @@
+"""The parts of the demo around the loss: draft vocab, text, prefetch and report."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch
+from torch import Tensor
+
+EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
+sys.path.insert(0, EXAMPLES)
+try:
+    import demo_report
+    import draft_vocab
+    import text
+    import training
+finally:
+    sys.path.remove(EXAMPLES)
+
+
+def test_draft_vocab_is_special_then_frequent_then_lowest_id() -> None:
+    counts = draft_vocab.count_tokens([[4, 4, 4, 1, 1], [6, 1, 6, 2, 7]], vocab_size=9)
+    assert counts.tolist() == [0, 3, 1, 0, 3, 0, 2, 1, 0]
+    ids, mask = draft_vocab.build_draft_vocab(counts, 8, special_token_ids=[8, 2, 8])
+    assert ids.tolist() == [8, 2, 1, 4, 6, 7, 0, 3]
+    assert mask.tolist() == [token_id in ids.tolist() for token_id in range(9)]
+    assert mask.dtype is torch.bool
+
+
+def test_many_equal_counts_stay_in_the_order_of_their_ids() -> None:
+    """An unstable sort would pass with a few ids and fail with hundreds."""
+    counts = torch.tensor([3, 5] * 500)
+    ids, _ = draft_vocab.build_draft_vocab(counts, 1000)
+    assert ids.tolist() == [*range(1, 1000, 2), *range(0, 1000, 2)]
+
+
+@pytest.mark.parametrize("size", [0, 1, 10])
+def test_draft_vocab_of_impossible_size_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"\[2, 9\].*got {size}"):
+        draft_vocab.build_draft_vocab(torch.ones(9, dtype=torch.int64), size, [0, 3])
+
+
+def test_batches_are_padded_on_the_right_and_repeatable() -> None:
+    documents = [list(range(1, 10)), list(range(20, 23))]
+    sequences = text.chunk(documents, sequence_length=4, min_length=2)
+    assert sequences == [[1, 2, 3, 4], [5, 6, 7, 8], [20, 21, 22]]
+    arguments = {"num_batches": 2, "batch_size": 3, "sequence_length": 4, "prompt_tokens": 1}
+    batches = text.make_batches(sequences, **arguments)
+    rows = {tuple(row) for row in batches[0].input_ids.tolist()}
+    assert rows == {(1, 2, 3, 4), (5, 6, 7, 8), (20, 21, 22, 0)}
+    short = batches[0].input_ids[:, 0].tolist().index(20)
+    assert batches[0].attention_mask[short].tolist() == [1, 1, 1, 0]
+    assert batches[0].loss_mask[short].tolist() == [0, 1, 1, 0]
+    again = text.make_batches(sequences, **arguments)
+    assert all(
+        torch.equal(a, b)
+        for x, y in zip(batches, again, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_held_out_modules_are_disjoint_from_training_modules() -> None:
+    assert not set(text.TRAINING_MODULES) & set(text.HELD_OUT_MODULES)
+
+
+def test_documents_of_a_module_are_its_own_functions_and_classes_with_methods() -> None:
+    module, text_wrapper, *functions = text.module_documents("textwrap")
+    assert module == "Text wrapping and filling."
+    assert text_wrapper.startswith("TextWrapper\nObject for wrapping/filling text.")
+    assert "\n\nTextWrapper.fill\nfill(text : string) -> string" in text_wrapper
+    names = [document.partition("\n")[0] for document in functions]
+    assert names == ["dedent", "fill", "indent", "shorten", "wrap"]
+
+
+class FakeAsyncBackend(Eagle3TargetBackend):
+    """Answers with the batch number, and records how many requests are under way."""
+
+    supports_async = True
+
+    def __init__(self) -> None:
+        self.in_flight: list[int] = []
+        self.most_in_flight = 0
+        self.cancelled: list[int] = []
+
+    def generate_batch(self, *_: object) -> Eagle3TargetBatch:
+        raise AssertionError("an asynchronous backend is used asynchronously")
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        raise AssertionError("not needed here")
+
+    def generate_batch_async(self, input_ids: Tensor, *_: object) -> FakeHandle:
+        self.in_flight.append(int(input_ids))
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+        return FakeHandle(self, int(input_ids))
+
+
+class FakeHandle:
+    def __init__(self, backend: FakeAsyncBackend, number: int) -> None:
+        self.backend, self.number = backend, number
+
+    def result(self, timeout: float | None = None) -> int:
+        self.backend.in_flight.remove(self.number)
+        return self.number
+
+    def cancel(self) -> bool:
+        self.backend.cancelled.append(self.number)
+        return True
+
+
+def numbered_batches(count: int) -> Iterator[text.TokenBatch]:
+    return (text.TokenBatch(*[torch.tensor(number)] * 3) for number in range(count))
+
+
+def test_supervision_is_fetched_ahead_in_order() -> None:
+    backend = FakeAsyncBackend()
+    assert list(training.supervise(backend, numbered_batches(5), depth=2)) == [0, 1, 2, 3, 4]
+    assert backend.most_in_flight == 2
+    assert backend.cancelled == []
+
+
+def test_stopping_early_cancels_what_is_under_way() -> None:
+    backend = FakeAsyncBackend()
+    supervision = training.supervise(backend, numbered_batches(5), depth=2)
+    assert next(supervision) == 0
+    supervision.close()
+    assert backend.cancelled == [1, 2]
+
+
+@pytest.fixture
+def make_report() -> Callable[..., demo_report.DemoReport]:
+    def make(remote_losses: list[float]) -> demo_report.DemoReport:
+        return demo_report.DemoReport(
+            target="tiny",
+            vocab_size=31,
+            draft_vocab_size=11,
+            threads=1,
+            tokens=100,
+            remote_losses=remote_losses,
+            colocated_losses=[3.0, 2.0, 1.0],
+            remote_tokens_per_s=10.0,
+            colocated_tokens_per_s=20.0,
+            response_bytes_per_token=30.0,
+            held_out_tokens=40,
+            held_out_loss_start=3.0,
+            held_out_loss_end=1.5,
+            step_accuracies=[0.5, 0.25],
+            accept_length=1.625,
+            coverage=0.9,
+            seconds=5.0,
+        )
+
+    return make
+
+
+def test_report_names_the_first_step_that_differs(
+    make_report: Callable[..., demo_report.DemoReport],
+) -> None:
+    assert make_report([3.0, 2.0, 1.0]).losses_equal
+    assert "yes, all 3 steps" in make_report([3.0, 2.0, 1.0]).summary()
+    different = make_report([3.0, math.nextafter(2.0, 3.0), 1.0])
+    assert different.first_difference == 2
+    assert "NO, first difference in step 2" in different.summary()
+    assert make_report([3.0, 2.0]).first_difference == 3
+    assert make_report([math.nan, 2.0, 1.0]).first_difference == 1
