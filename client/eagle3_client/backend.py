@@ -29,7 +29,7 @@ from eagle3_schemas.errors import (
     RemoteEagle3Error,
     VocabMappingMissing,
 )
-from eagle3_schemas.messages import Rows
+from eagle3_schemas.messages import AuxDtype, Rows
 
 
 class RemoteEagle3Backend(Eagle3TargetBackend):
@@ -44,7 +44,8 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         device: where batches are delivered.
         token: bearer token, if the servers ask for one.
         aux_layer_ids: three layers to capture (layer outputs); None takes the server's default.
-        encoding: how supervision rows travel; `auto` chooses.
+        encoding: how supervision rows travel: `probs`, `logits`, `hidden`; `auto` chooses.
+        aux_dtype: `float8_e4m3` sends aux states in fp8 (lossy); `model` as they are.
         exact: bit-for-bit equality with a co-located target (DESIGN: equal shapes, threads, dtype,
             attention, torch build and device model).
         output_dtype: cast of `aux_hidden_states` after transfer, for a draft of another dtype.
@@ -67,6 +68,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         token: str | None = None,
         aux_layer_ids: Sequence[int] | None = None,
         encoding: str = "auto",
+        aux_dtype: AuxDtype = "model",
         exact: bool = False,
         output_dtype: torch.dtype | None = None,
         rows: Rows = "position_mask",
@@ -82,6 +84,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             token=token,
             aux_layer_ids=None if aux_layer_ids is None else tuple(aux_layer_ids),
             encoding=encoding,
+            aux_dtype=aux_dtype,
             rows=rows,
             exact=exact,
             output_dtype=output_dtype,
@@ -297,7 +300,9 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         vocab = self._draft_vocab
         if vocab is None:
             raise VocabMappingMissing("no draft vocab is set; call set_vocab_mapping first")
-        return Submission.build(self._settings, vocab, input_ids, attention_mask, loss_mask)
+        return Submission.build(
+            self._settings, self.model_info(), vocab, input_ids, attention_mask, loss_mask
+        )
 
     def _deliver(self, submission: Submission) -> Eagle3TargetBatch:
         """Get a submission's supervision, repeating it on failures that pass."""

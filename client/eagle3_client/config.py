@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 
 import torch
 
+from eagle3_schemas import ModelInfo
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_schemas.messages import Rows
+from eagle3_schemas.messages import AuxDtype, Rows
 
 DEFAULT_RETRY_FOR_S = 900.0
 """A 70B target takes minutes to load again; a shorter wait would end runs that could go on."""
@@ -36,6 +37,8 @@ class ClientSettings:
     """Layers captured; None takes the server's. Who trains a draft on other layers."""
     encoding: str = "auto"
     """How supervision rows travel. Who compares encodings; `auto` is right otherwise."""
+    aux_dtype: AuxDtype = "model"
+    """How aux states travel; `float8_e4m3` is lossy. Who has a link too slow for bf16."""
     rows: Rows = "position_mask"
     """Rows of target_probs sent. Who trains P-EAGLE (`loss_mask`) or inspects (`all`)."""
     exact: bool = False
@@ -65,6 +68,17 @@ class ClientSettings:
             raise InvalidRequest(
                 f"encoding must be 'auto' or one of {list(ENCODINGS)}; got {self.encoding!r}"
             )
+        if self.aux_dtype not in ("model", "float8_e4m3"):
+            raise InvalidRequest(
+                f"aux_dtype must be 'model' or 'float8_e4m3'; got {self.aux_dtype!r}"
+            )
+        if self.exact and self.aux_dtype != "model":
+            raise InvalidRequest(f"exact=True forbids the lossy aux_dtype {self.aux_dtype!r}")
+        if self.exact and self.encoding == "hidden" and self.device.type != "cpu":
+            raise InvalidRequest(
+                f"exact=True forbids encoding 'hidden' on {self.device}: it is rebuilt with other "
+                "rounding than on the target; use 'probs' or 'logits'"
+            )
         if self.rows not in ("position_mask", "loss_mask", "all"):
             raise InvalidRequest(
                 f"rows must be 'position_mask', 'loss_mask' or 'all'; got {self.rows!r}"
@@ -83,6 +97,20 @@ class ClientSettings:
     def in_flight(self) -> int:
         """Requests sent at once."""
         return self.max_in_flight or 2 * len(self.urls)
+
+
+def choose_encoding(settings: ClientSettings, info: ModelInfo) -> str:
+    """Return the encoding of a request; docs/decisions.md has the reasons.
+
+    `auto` is `hidden` for a trainer on a GPU, where rebuilding costs less than any link, and else
+    what needs no matmul there: `logits` where they are narrower than probs. Under `exact` never
+    `hidden`, which another kind of device rebuilds with other rounding.
+    """
+    if settings.encoding != "auto":
+        return settings.encoding
+    if settings.device.type != "cpu" and "hidden" in info.encodings and not settings.exact:
+        return "hidden"
+    return "probs" if info.dtype == "float32" else "logits"
 
 
 def split_urls(urls: str | Sequence[str]) -> tuple[str, ...]:

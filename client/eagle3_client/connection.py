@@ -20,6 +20,7 @@ from eagle3_schemas.errors import (
 from eagle3_schemas.frame import EncodedFrame, Frame, decode, encode
 from eagle3_schemas.messages import Problem
 from eagle3_schemas.protocol import (
+    DRAFT_HEAD_PATH,
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
     FRAME_MEDIA_TYPE,
@@ -111,6 +112,10 @@ class Connection:
     def input_embeddings(self) -> Frame:
         """Download the input embeddings: a frame with `weight`."""
         return self._decode(self._send("GET", EMBEDDINGS_PATH))
+
+    def draft_head(self, digest: str) -> Frame:
+        """Download a registered draft vocab's head: `weight` [D, H], maybe `bias` [D]."""
+        return self._decode(self._send("GET", DRAFT_HEAD_PATH.format(digest=digest)))
 
     def supervise(self, frame: EncodedFrame, request_id: str) -> Frame:
         """Send one supervision request and wait for its response."""

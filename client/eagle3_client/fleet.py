@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import torch
 
 from eagle3_client.config import ClientSettings
 from eagle3_client.connection import Connection
 from eagle3_schemas import ModelInfo
+from eagle3_schemas.draft_head import DraftHead, LogitsTransform
 from eagle3_schemas.errors import FingerprintMismatch
+from eagle3_schemas.messages import DraftHeadFields, parse
 
+_CACHED_HEADS = 2  # the current draft vocab, and one that requests in flight may still name
 _SAME_EVERYWHERE = ("fingerprint", "vocab_size", "hidden_size", "num_hidden_layers", "dtype")
 
 
@@ -39,6 +44,8 @@ class Fleet:
         self._busy = [0] * len(self.connections)
         self._turn = 0
         self._info: ModelInfo | None = None
+        self._head_lock = threading.Lock()  # held while downloading: the others need it too
+        self._heads: OrderedDict[str, DraftHead] = OrderedDict()
 
     @property
     def bytes_received(self) -> int:
@@ -84,6 +91,25 @@ class Fleet:
                     )
         self._info = infos[0]
         return self._info
+
+    def draft_head(self, digest: str, connection: Connection, device: torch.device) -> DraftHead:
+        """Return a draft vocab's head on the device; downloaded once, the last few are kept."""
+        with self._head_lock:
+            head = self._heads.pop(digest, None)
+            if head is None:
+                frame = connection.draft_head(digest)
+                fields = parse(DraftHeadFields, frame.fields)
+                self.check_fingerprint(fields.fingerprint, connection.url)
+                bias = frame.tensors.get("bias")
+                head = DraftHead.build(
+                    frame.tensors["weight"].to(device),
+                    None if bias is None else bias.to(device),
+                    LogitsTransform(fields.upcast, fields.multiply, fields.divide, fields.softcap),
+                )
+            self._heads[digest] = head
+            if len(self._heads) > _CACHED_HEADS:
+                self._heads.popitem(last=False)
+            return head
 
     def check_fingerprint(self, fingerprint: object, url: str) -> None:
         """Raise FingerprintMismatch if a response came from another target than the first."""

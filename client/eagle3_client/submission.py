@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle3_client.config import ClientSettings
+from eagle3_client.config import ClientSettings, choose_encoding
+from eagle3_client.connection import Connection
 from eagle3_client.fleet import Fleet
 from eagle3_schemas import DraftVocab, Eagle3TargetBatch, ModelInfo, shift_left_with_zero
+from eagle3_schemas.draft_head import DraftHead
+from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import (
     InvalidRequest,
     MalformedPayload,
-    TransportError,
+    ProtocolMismatch,
     VocabMappingMissing,
 )
 from eagle3_schemas.exchange import (
@@ -23,8 +26,9 @@ from eagle3_schemas.exchange import (
     pack_request,
     unpack_response,
 )
-from eagle3_schemas.frame import EncodedFrame
+from eagle3_schemas.frame import EncodedFrame, Frame
 from eagle3_schemas.messages import SupervisionRequest
+from eagle3_schemas.tensors import DTYPES
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Submission:
     def build(
         cls,
         settings: ClientSettings,
+        info: ModelInfo,
         draft_vocab: DraftVocab,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -65,8 +70,9 @@ class Submission:
             request_id=uuid.uuid4().hex,
             draft_vocab_digest=draft_vocab.digest,
             aux_layer_ids=settings.aux_layer_ids,
-            encoding="probs" if settings.encoding == "auto" else settings.encoding,
+            encoding=choose_encoding(settings, info),
             rows=settings.rows,
+            aux_dtype=settings.aux_dtype,
             exact=settings.exact,
         )
         return cls(
@@ -92,15 +98,14 @@ class Submission:
             FingerprintMismatch: another target answered.
             RemoteEagle3Error: what the server said, or why there was no answer.
         """
-        digest, vocab_size = self.draft_vocab.digest, info.vocab_size
         with fleet.least_busy() as connection:
-            connection.ensure_registered(self.draft_vocab, vocab_size)
+            connection.ensure_registered(self.draft_vocab, info.vocab_size)
             try:
-                frame = connection.supervise(self.frame, self.request_id)
+                frame, head = self._ask(fleet, connection)
             except VocabMappingMissing:
-                connection.forget_registered(digest)
-                connection.ensure_registered(self.draft_vocab, vocab_size)
-                frame = connection.supervise(self.frame, self.request_id)
+                connection.forget_registered(self.draft_vocab.digest)
+                connection.ensure_registered(self.draft_vocab, info.vocab_size)
+                frame, head = self._ask(fleet, connection)
         fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
         try:
             _, supervision = unpack_response(
@@ -108,16 +113,27 @@ class Submission:
                 self.request,
                 self.sent,
                 hidden_size=info.hidden_size,
+                dtype=DTYPES[info.dtype],
                 draft_vocab_size=self.draft_vocab.draft_vocab_size,
+                draft_head=head,
                 device=self.settings.device,
             )
         except (MalformedPayload, InvalidRequest) as exc:
-            raise TransportError(
-                f"the response is not the one asked for: {exc.detail}",
+            # Its checksums are right, so a repeat would bring the same.
+            raise ProtocolMismatch(
+                f"the response is not the one asked for: {exc.detail}. Check that both sides have "
+                "the same version",
                 url=connection.url,
                 request_id=self.request_id,
             ) from exc
         return supervision
+
+    def _ask(self, fleet: Fleet, connection: Connection) -> tuple[Frame, DraftHead | None]:
+        """Send the request; also fetch what decoding its answer needs, if that is not here yet."""
+        head = None
+        if ENCODINGS[self.request.encoding].needs_draft_head:
+            head = fleet.draft_head(self.draft_vocab.digest, connection, self.settings.device)
+        return connection.supervise(self.frame, self.request_id), head
 
     def batch(self, supervision: Supervision) -> Eagle3TargetBatch:
         """Join the supervision with the inputs it belongs to.

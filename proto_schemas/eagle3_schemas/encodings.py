@@ -1,4 +1,8 @@
-"""How supervision rows travel: one class per encoding, encode and decode side by side."""
+"""How supervision rows travel: one class per encoding, encode and decode side by side.
+
+Each puts one tensor [N, C] on the wire. All decode to the same `target_probs`: the float32 softmax
+over the draft vocab of the target's logits.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,95 @@ from typing import Final, Protocol
 
 import torch
 
+from eagle3_schemas.draft_head import DraftHead, LogitsTransform
+
 
 class Encoding(Protocol):
-    """Turns the draft-vocab logits of N rows into tensors for the wire, and those into probs."""
+    """Turns rows of the target's head into rows for the wire, and those into probs."""
 
-    name: str
+    tensor_name: str
+    needs_draft_head: bool
+    """Whether decoding needs the draft vocab's head on the trainer."""
 
-    def encode(self, draft_logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[N, D] logits in the head's dtype -> named tensors, on the same device."""
+    def encode(
+        self, head_input: torch.Tensor, draft_logits: torch.Tensor, transform: LogitsTransform
+    ) -> torch.Tensor:
+        """Rows on the target's device -> rows for the wire, there.
 
-    def decode(self, tensors: dict[str, torch.Tensor], count: int, size: int) -> torch.Tensor:
-        """Named tensors -> `target_probs` rows [count, size] float32, on their device."""
+        Args:
+            head_input: [N, H], what the head is applied to.
+            draft_logits: [N, D], the head's output after its transform.
+            transform: that transform.
+        """
+
+    def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
+        """Rows [N, C] on the trainer's device -> `target_probs` rows [N, D] float32."""
 
 
 class ProbsEncoding:
-    """`probs`: softmax over the draft vocab on the server; D * 4 bytes a row, nothing to rebuild.
+    """`probs`: softmax on the server; D * 4 bytes a row, nothing to rebuild. The reference."""
 
-    The reference for the others: float32 softmax of the logits, as `project_to_draft_vocab`.
-    """
+    tensor_name = "target_probs"
+    needs_draft_head = False
 
-    name = "probs"
+    def encode(
+        self, head_input: torch.Tensor, draft_logits: torch.Tensor, transform: LogitsTransform
+    ) -> torch.Tensor:
+        """[N, D] logits -> [N, D] float32."""
+        return torch.softmax(draft_logits.float(), dim=-1)
 
-    def encode(self, draft_logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[N, D] logits -> {"target_probs": [N, D] float32}."""
-        return {"target_probs": torch.softmax(draft_logits.float(), dim=-1)}
-
-    def decode(self, tensors: dict[str, torch.Tensor], count: int, size: int) -> torch.Tensor:
-        """Return the rows as they came, after checking their shape and dtype."""
-        rows = tensors.get("target_probs")
-        if rows is None or rows.dtype is not torch.float32 or rows.shape != (count, size):
-            got = None if rows is None else (rows.dtype, tuple(rows.shape))
-            raise ValueError(f"expected float32 target_probs {(count, size)}, got {got}")
+    def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
+        """Return the rows as they came."""
         return rows
 
 
-ENCODINGS: Final[dict[str, Encoding]] = {"probs": ProbsEncoding()}
+class LogitsEncoding:
+    """`logits`: draft-vocab logits in the head's dtype, softmax on the trainer; bit-identical.
+
+    D * 2 bytes a row for a bf16 target. Where a model only upcasts its head's output, the rows
+    travel as they were before, which loses nothing.
+    """
+
+    tensor_name = "draft_logits"
+    needs_draft_head = False
+
+    def encode(
+        self, head_input: torch.Tensor, draft_logits: torch.Tensor, transform: LogitsTransform
+    ) -> torch.Tensor:
+        """[N, D] logits -> [N, D] in the narrowest dtype that holds them."""
+        if transform.upcast and transform.is_upcast_only:
+            return draft_logits.to(head_input.dtype)
+        return draft_logits
+
+    def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
+        """[N, D] -> float32 softmax."""
+        return torch.softmax(rows.float(), dim=-1)
+
+
+class HiddenEncoding:
+    """`hidden`: the head's input, H * model dtype a row; the trainer applies the draft head.
+
+    Bit-identical on the CPU; from one kind of device to another the matmul rounds differently.
+    """
+
+    tensor_name = "head_input"
+    needs_draft_head = True
+
+    def encode(
+        self, head_input: torch.Tensor, draft_logits: torch.Tensor, transform: LogitsTransform
+    ) -> torch.Tensor:
+        """[N, H] as it is."""
+        return head_input
+
+    def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
+        """[N, H] -> draft head, transform, float32 softmax."""
+        if head is None:
+            raise ValueError("decoding `hidden` needs the draft vocab's head")
+        return torch.softmax(head.logits(rows).float(), dim=-1)
+
+
+ENCODINGS: Final[dict[str, Encoding]] = {
+    "probs": ProbsEncoding(),
+    "logits": LogitsEncoding(),
+    "hidden": HiddenEncoding(),
+}

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from eagle3_schemas.aux_states import aux_shapes, decode_aux
+from eagle3_schemas.draft_head import DraftHead
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest, MalformedPayload
 from eagle3_schemas.frame import EncodedFrame, Frame, encode
@@ -127,64 +129,95 @@ class Supervision:
     position_mask: torch.Tensor  # [B, T, 1] bool
 
 
+def rows_on_wire(rows: str, position_mask: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Return where supervision rows are sent, [B, T] bool in the shifted frame.
+
+    Args:
+        rows: `position_mask`, `loss_mask` or `all`.
+        position_mask: [B, T] bool.
+        loss_mask: [B, T] bool, already shifted left.
+
+    The last column is never sent: its logits are zeros by definition, so its distribution is
+    uniform whatever the model says.
+    """
+    if rows == "position_mask":
+        return position_mask
+    if rows == "loss_mask":
+        return loss_mask
+    mask = torch.ones_like(loss_mask)
+    mask[:, -1] = False
+    return mask
+
+
 def unpack_response(
     frame: Frame,
     request: SupervisionRequest,
     batch: TokenBatch,
     *,
     hidden_size: int,
+    dtype: torch.dtype,
     draft_vocab_size: int,
+    draft_head: DraftHead | None,
     device: torch.device,
 ) -> tuple[SupervisionResponse, Supervision]:
     """Rebuild the supervision a request asked for; every shape is checked first.
 
     Args:
-        frame: the decoded response; its tensors are moved to `device`, then spread.
+        frame: the decoded response; its tensors are moved to `device`, then decoded and spread.
         request: the request it must answer.
         batch: the batch that was sent.
         hidden_size: H of the target.
+        dtype: model dtype, of the aux states.
         draft_vocab_size: D of the mapping the request named.
+        draft_head: that mapping's head on `device`, where the encoding needs one.
         device: where the result goes.
 
     Raises:
         MalformedPayload: it answers another request, or its tensors are not what was asked for.
     """
     response = parse(SupervisionResponse, frame.fields)
-    for name in ("request_id", "draft_vocab_digest", "encoding", "rows", "aux_layer_ids"):
+    for name in ("request_id", "draft_vocab_digest", "encoding", "rows", "aux_dtype"):
         asked, got = getattr(request, name), getattr(response, name)
-        if got != asked and not (name == "aux_layer_ids" and asked is None):
+        if got != asked:
             raise MalformedPayload(f"the answer is to another request: {name} {got}, not {asked}")
+    if request.aux_layer_ids not in (None, response.aux_layer_ids):
+        raise MalformedPayload(
+            f"expected aux_layer_ids {request.aux_layer_ids}, got {response.aux_layer_ids}"
+        )
     shape = (request.batch_size, request.sequence_length)
     attended = int(batch.attention_mask.sum())
-    aux = frame.tensors.get("aux_hidden_states")
-    bits = frame.tensors.get("position_mask")
     width = len(response.aux_layer_ids) * hidden_size
-    if aux is None or aux.shape != (attended, width):
-        got = None if aux is None else list(aux.shape)
-        raise MalformedPayload(f"expected aux_hidden_states [{attended}, {width}], got {got}")
-    if (
-        bits is None
-        or bits.dtype is not torch.uint8
-        or bits.shape != (-(-shape[0] * shape[1] // 8),)
-    ):
-        raise MalformedPayload(f"expected position_mask as bits over {list(shape)}")
-    position_mask = unpack_bits(bits, shape)
+    encoding = ENCODINGS[request.encoding]
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        **aux_shapes(attended, width, request.aux_dtype, dtype),
+        "position_mask": ((-(-shape[0] * shape[1] // 8),), torch.uint8),
+    }
+    for name, (extents, kind) in expected.items():
+        tensor = frame.tensors.get(name)
+        if tensor is None or tensor.shape != extents or tensor.dtype is not kind:
+            got = None if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+            raise MalformedPayload(f"expected {name} {list(extents)} {kind}, got {got}")
+    position_mask = unpack_bits(frame.tensors["position_mask"], shape)
     loss_mask = shift_left_with_zero(batch.loss_mask)
-    rows = {
-        "position_mask": position_mask,
-        "loss_mask": loss_mask,
-        "all": torch.ones_like(loss_mask),
-    }[request.rows]
     if bool((position_mask & ~loss_mask).any()):
         raise MalformedPayload("position_mask marks positions outside the shifted loss_mask")
+    mask = rows_on_wire(request.rows, position_mask, loss_mask)
+    columns = draft_vocab_size if draft_head is None else draft_head.weight.shape[1]
+    rows = frame.tensors.get(encoding.tensor_name)
+    if rows is None or rows.shape != (int(mask.sum()), columns) or not rows.is_floating_point():
+        got = None if rows is None else f"{list(rows.shape)} {rows.dtype}"
+        raise MalformedPayload(
+            f"expected {encoding.tensor_name} [{int(mask.sum())}, {columns}], got {got}"
+        )
     on_device = {name: tensor.to(device) for name, tensor in frame.tensors.items()}
-    try:
-        probs = ENCODINGS[request.encoding].decode(on_device, int(rows.sum()), draft_vocab_size)
-    except ValueError as exc:
-        raise MalformedPayload(str(exc)) from exc
+    probs = encoding.decode(on_device[encoding.tensor_name], draft_head)
+    aux = decode_aux(on_device, request.aux_dtype, dtype)
+    target_probs = scatter_rows(probs, mask.to(device))
+    if request.rows == "all":
+        target_probs[:, -1] = 1.0 / draft_vocab_size
     return response, Supervision(
-        scatter_rows(on_device["aux_hidden_states"], batch.attention_mask.to(device)),
-        scatter_rows(probs, rows.to(device)),
+        scatter_rows(aux, batch.attention_mask.to(device)),
+        target_probs,
         position_mask.unsqueeze(-1).to(device),
     )
 

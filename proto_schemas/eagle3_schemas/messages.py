@@ -14,6 +14,9 @@ Rows = Literal["position_mask", "loss_mask", "all"]
 (P-EAGLE), or every position. `position_mask` is sent whole in any case."""
 
 EncodingName = Literal["probs", "logits", "hidden"]
+AuxDtype = Literal["model", "float8_e4m3"]
+"""How aux hidden states travel: as they are, or in fp8 with a scale per 64 (lossy)."""
+
 RequestId = Annotated[str, Field(pattern=REQUEST_ID_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
@@ -68,6 +71,7 @@ class SupervisionRequest(Message):
     aux_layer_ids: Annotated[tuple[int, ...], Field(max_length=256)] | None = None
     encoding: EncodingName = "probs"
     rows: Rows = "position_mask"
+    aux_dtype: AuxDtype = "model"
     exact: bool = False
 
 
@@ -75,8 +79,10 @@ class SupervisionResponse(Message):
     """Fields of a supervision response's frame.
 
     Its tensors: `aux_hidden_states` [n, 3H] in model dtype, the n positions where `attention_mask`
-    is 1 in row order; `position_mask` as bits over [B, T]; and the encoding's tensors for the rows
-    asked for, in row order. It repeats what it answers, so that a client can tell it is its own.
+    is 1 in row order (or `aux_codes` and `aux_scales`, see `encode_aux`); `position_mask` as bits
+    over [B, T]; and the encoding's tensor [m, C] for the rows asked for, in row order, without the
+    last column (`rows_on_wire`). It repeats what it answers, so that a client can tell it is its
+    own.
     """
 
     request_id: RequestId
@@ -85,6 +91,21 @@ class SupervisionResponse(Message):
     aux_layer_ids: tuple[int, ...]
     encoding: EncodingName
     rows: Rows
+    aux_dtype: AuxDtype
+
+
+class DraftHeadFields(Message):
+    """Fields of a draft head's frame; its tensors: `weight` [D, H] and, if any, `bias` [D].
+
+    What follows the head: upcast to float32, `multiply`, `divide`, `softcap`, in this order.
+    """
+
+    fingerprint: str
+    draft_vocab_digest: Digest
+    upcast: bool
+    multiply: float | None
+    divide: float | None
+    softcap: float | None
 
 
 class Limits(Message):
@@ -124,7 +145,11 @@ class ModelInfo(Message):
     """Used when a request names none; None: the target is too shallow for the default rule."""
     aux_layer_convention: str
     head: Literal["full", "rows"]
+    """Whether the head runs for the rows needed, or (a fallback) for every position."""
+    head_reason: str | None = None
+    """Why it is a fallback, or None."""
     encodings: tuple[str, ...]
+    """What this target offers; `hidden` needs a plain linear head."""
     limits: Limits
 
 

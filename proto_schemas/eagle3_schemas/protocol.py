@@ -14,6 +14,7 @@ HEALTH_PATH: Final = "/healthz"
 READY_PATH: Final = "/readyz"
 MODEL_PATH: Final = "/v1/model"
 DRAFT_VOCAB_PATH: Final = "/v1/draft-vocabs/{digest}"
+DRAFT_HEAD_PATH: Final = "/v1/draft-vocabs/{digest}/head"
 EMBEDDINGS_PATH: Final = "/v1/input-embeddings"
 SUPERVISION_PATH: Final = "/v1/supervision"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from eagle3_schemas import DraftVocab, validate_aux_layer_ids
-from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest, LimitExceeded
 from eagle3_schemas.exchange import unpack_request
 from eagle3_schemas.frame import decode
@@ -44,9 +43,14 @@ def admit_supervision(
             f"the target has {longest} learned positions; got sequences of "
             f"{request.sequence_length}. Cut the sequences"
         )
-    if request.encoding not in ENCODINGS:
+    if request.encoding not in description.encodings:
         raise InvalidRequest(
-            f"encoding must be one of {list(ENCODINGS)} on this server; got {request.encoding!r}"
+            f"encoding must be one of {list(description.encodings)} for this target; got "
+            f"{request.encoding!r}"
+        )
+    if request.exact and request.aux_dtype != "model":
+        raise InvalidRequest(
+            f"exact=True forbids aux_dtype {request.aux_dtype!r}, which is lossy; drop either"
         )
     batch = unpack_request(request, frame)
     lowest, highest = int(batch.input_ids.min()), int(batch.input_ids.max())
@@ -71,6 +75,7 @@ def admit_supervision(
         draft_vocab=registry.get(request.draft_vocab_digest),
         encoding=request.encoding,
         rows=request.rows,
+        aux_dtype=request.aux_dtype,
         exact=request.exact,
     )
 

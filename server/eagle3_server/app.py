@@ -13,8 +13,14 @@ from starlette.exceptions import HTTPException
 
 from eagle3_schemas.errors import RemoteEagle3Error
 from eagle3_schemas.frame import encode
-from eagle3_schemas.messages import DraftVocabInfo, ModelInfo, SupervisionResponse
+from eagle3_schemas.messages import (
+    DraftHeadFields,
+    DraftVocabInfo,
+    ModelInfo,
+    SupervisionResponse,
+)
 from eagle3_schemas.protocol import (
+    DRAFT_HEAD_PATH,
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
     HEALTH_PATH,
@@ -93,6 +99,22 @@ def create_app(
         service.draft_vocabs.register(vocab)
         return DraftVocabInfo(digest=vocab.digest, draft_vocab_size=vocab.draft_vocab_size)
 
+    @app.get(DRAFT_HEAD_PATH)
+    async def draft_head(digest: str, request: Request) -> Response:
+        """The head's rows of a registered draft vocab, a frame with `weight` and maybe `bias`."""
+        target = service.loaded()
+        vocab = service.draft_vocabs.get(digest)
+        result, transform = await service.compute(lambda: target.draft_head(vocab), request)
+        fields = DraftHeadFields(
+            fingerprint=target.describe().fingerprint,
+            draft_vocab_digest=vocab.digest,
+            upcast=transform.upcast,
+            multiply=transform.multiply,
+            divide=transform.divide,
+            softcap=transform.softcap,
+        )
+        return FrameResponse(encode(fields.model_dump(), result.tensors, result.checksums))
+
     @app.get(EMBEDDINGS_PATH)
     async def input_embeddings(request: Request) -> Response:
         """The input embeddings, a frame with `weight` [V_in, H]."""
@@ -118,6 +140,7 @@ def create_app(
             aux_layer_ids=job.aux_layer_ids,
             encoding=job.encoding,
             rows=job.rows,
+            aux_dtype=job.aux_dtype,
         )
         return FrameResponse(encode(response.model_dump(), result.tensors, result.checksums))
 

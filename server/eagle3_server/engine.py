@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.messages import EncodingName, Rows
+from eagle3_schemas.draft_head import LogitsTransform
+from eagle3_schemas.messages import AuxDtype, EncodingName, Rows
 from eagle3_schemas.tensors import Checksum
 
 
@@ -31,6 +32,9 @@ class TargetDescription:
     attn_implementation: str | None
     aux_layer_ids: tuple[int, ...] | None
     num_threads: int
+    head: Literal["full", "rows"]
+    head_reason: str | None
+    encodings: tuple[EncodingName, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class SupervisionJob:
     draft_vocab: DraftVocab
     encoding: EncodingName
     rows: Rows
+    aux_dtype: AuxDtype
     exact: bool
 
 
@@ -73,3 +78,10 @@ class Target(Protocol):
 
     def input_embeddings(self) -> HostTensors:
         """Return `weight` [input_vocab_size, H], model dtype."""
+
+    def draft_head(self, draft_vocab: DraftVocab) -> tuple[HostTensors, LogitsTransform]:
+        """Return `weight` [D, H] and, if any, `bias` [D] of the head, and what follows it.
+
+        Raises:
+            InvalidRequest: the head is not a plain linear, so `hidden` is not offered.
+        """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from eagle3_server.head import cut_head
 from eagle3_server.layout import decoder_layers
 
 
@@ -44,13 +46,19 @@ def capture_layers(
             handle.remove()
 
 
-def forward_with_aux(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    aux_layer_ids: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the target once under `no_grad`, without a cache.
+@dataclass(frozen=True)
+class ForwardResult:
+    """What one forward gave; everything unshifted."""
+
+    aux_hidden_states: torch.Tensor  # [B, T, 3H], model dtype
+    logits: torch.Tensor  # [B, T, V]; with a cut head [B, 1, V]
+    head_input: torch.Tensor | None  # [B, T, H], with a cut head
+
+
+def forward_logits(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Run the model once under `no_grad`, without a cache, and return its logits.
 
     Never `inference_mode`: a co-located trainer saves these states for its backward.
 
@@ -58,27 +66,47 @@ def forward_with_aux(
         model: a causal LM in eval mode; Hugging Face's, or one that returns the logits tensor.
         input_ids: [B, T] integer, on the model's device.
         attention_mask: [B, T], non-zero where attended, any dtype.
-        aux_layer_ids: validated layer ids.
-
-    Returns:
-        `aux_hidden_states` [B, T, 3H], model dtype, and logits [B, T, V], both unshifted.
-
-    Raises:
-        RuntimeError: the forward did not pass through every aux layer.
     """
-    with torch.no_grad(), capture_layers(model, aux_layer_ids) as captured:
+    with torch.no_grad():
         output = model(
             input_ids=input_ids,
             # One dtype for all callers: an equal mask must give equal bits.
             attention_mask=attention_mask.ne(0).long(),
             **_flags(model),
         )
+    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output
+    return logits
+
+
+def forward_with_aux(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    aux_layer_ids: Sequence[int],
+    head_to_cut: nn.Module | None = None,
+) -> ForwardResult:
+    """Run the target once, as `forward_logits`, and catch its aux layers.
+
+    Args:
+        model: as in `forward_logits`.
+        input_ids: as in `forward_logits`.
+        attention_mask: as in `forward_logits`.
+        aux_layer_ids: validated layer ids.
+        head_to_cut: the output embeddings, to compute one row of logits only.
+
+    Raises:
+        RuntimeError: the forward did not pass through every aux layer.
+    """
+    head_inputs: list[torch.Tensor] = []
+    with capture_layers(model, aux_layer_ids) as captured, ExitStack() as stack:
+        if head_to_cut is not None:
+            head_inputs = stack.enter_context(cut_head(head_to_cut))
+        logits = forward_logits(model, input_ids, attention_mask)
     missing = [i for i in aux_layer_ids if i not in captured]
     if missing:
         raise RuntimeError(f"the forward did not pass through decoder layers {missing}")
     aux_hidden_states = torch.cat([captured[i] for i in aux_layer_ids], dim=-1)
-    logits = output.logits if hasattr(output, "logits") else output
-    return aux_hidden_states, logits
+    return ForwardResult(aux_hidden_states, logits, head_inputs[0] if head_inputs else None)
 
 
 def _flags(model: nn.Module) -> dict[str, bool]:

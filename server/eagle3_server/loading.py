@@ -56,4 +56,5 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
         model_id=Path(settings.model).name if Path(settings.model).exists() else settings.model,
         revision=settings.revision,
         aux_layer_ids=settings.aux_layer_ids,
+        head_chunk_bytes=settings.head_chunk_bytes,
     )

@@ -102,5 +102,5 @@ def _summary(target: TargetDescription, seconds: float) -> str:
         f"loaded {target.model_id} ({target.architecture}) in {seconds:.1f} s: "
         f"{target.num_hidden_layers} layers, H {target.hidden_size}, V {target.vocab_size}, "
         f"{target.dtype} on {target.device_name}, attention {target.attn_implementation}; "
-        f"aux layers {layers} (layer outputs); fingerprint {target.fingerprint}"
+        f"head {target.head}; aux layers {layers} (layer outputs); fingerprint {target.fingerprint}"
     )

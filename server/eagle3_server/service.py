@@ -12,7 +12,6 @@ import torch
 from starlette.requests import Request
 
 from eagle3_schemas import AUX_LAYER_CONVENTION, ModelInfo
-from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import NotReady
 from eagle3_schemas.messages import Limits
 from eagle3_server.asgi import request_id_of
@@ -118,7 +117,8 @@ class Service:
             num_threads=target.num_threads,
             aux_layer_ids=target.aux_layer_ids,
             aux_layer_convention=AUX_LAYER_CONVENTION,
-            head="full",
-            encodings=tuple(ENCODINGS),
+            head=target.head,
+            head_reason=target.head_reason,
+            encodings=target.encodings,
             limits=self.limits(),
         )

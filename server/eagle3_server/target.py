@@ -88,12 +88,10 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
                     f"input_ids and {name} must both be [B, T]; got {list(input_ids.shape)} and "
                     f"{list(mask.shape)}"
                 )
-        aux_hidden_states, logits = forward_with_aux(
-            self.model, input_ids, attention_mask, self.aux_layer_ids
-        )
+        result = forward_with_aux(self.model, input_ids, attention_mask, self.aux_layer_ids)
         return Eagle3TargetBatch(
-            aux_hidden_states=aux_hidden_states,
-            logits=shift_left_with_zero(logits),
+            aux_hidden_states=result.aux_hidden_states,
+            logits=shift_left_with_zero(result.logits),
             input_ids=shift_left_with_zero(input_ids),
             attention_mask=attention_mask,
             loss_mask=shift_left_with_zero(loss_mask),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,16 +16,22 @@ from eagle3_schemas import (
     shift_left_with_zero,
     validate_aux_layer_ids,
 )
+from eagle3_schemas.aux_states import encode_aux
+from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest, TargetFailed
 from eagle3_schemas.supervision import pack_bits
 from eagle3_schemas.tensors import checksum
 from eagle3_server.engine import HostTensors, SupervisionJob, TargetDescription
 from eagle3_server.fingerprint import model_fingerprint
-from eagle3_server.forward import forward_with_aux
+from eagle3_server.forward import ForwardResult, forward_logits, forward_with_aux
+from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
 from eagle3_server.layout import decoder_layers, max_sequence_length
+from eagle3_server.supervise import HeadRows, supervise_rows
 
 _CACHED_DRAFT_VOCABS = 16
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersTarget:
@@ -38,6 +46,7 @@ class TransformersTarget:
         revision: the hub revision served, or None.
         aux_layer_ids: layers used when a request names none; the default is the EAGLE-3 rule, or
             nothing if the target is too shallow for it.
+        head_chunk_bytes: memory the full-vocab logits of a chunk of rows may take.
 
     Raises:
         InvalidRequest: bad `aux_layer_ids`, or no decoder layers found in the model.
@@ -50,6 +59,7 @@ class TransformersTarget:
         model_id: str,
         revision: str | None = None,
         aux_layer_ids: Sequence[int] | None = None,
+        head_chunk_bytes: int = 64 * 1024 * 1024,
     ) -> None:
         self._model = model.eval().requires_grad_(False)
         num_layers = len(decoder_layers(model))
@@ -60,29 +70,43 @@ class TransformersTarget:
                 default = default_aux_layer_ids(num_layers)
             except InvalidRequest:  # too shallow: every request must then name its own
                 default = None
+        self._on_device: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         embedding = self._embedding_weight()
         self._device = embedding.device
-        self._on_device: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-        probe_ids = torch.arange(2, device=self._device).unsqueeze(0)
-        aux, logits = forward_with_aux(
-            model, probe_ids, torch.ones_like(probe_ids), range(num_layers)
-        )
+        probe = forward_with_aux(model, *probe_batch(model), range(num_layers))
+        vocab_size = probe.logits.shape[-1]
+        self._head: RowsHead | None = None
+        head_reason = None
+        try:
+            forward = partial(forward_logits, model)
+            self._head = RowsHead.find(model, forward, head_chunk_bytes)
+        except HeadUnsupported as exc:
+            head_reason = str(exc)
+            logger.warning("the head runs for every position, not for rows alone: %s", exc)
+        self._full_chunk_rows = max(head_chunk_bytes // (4 * vocab_size), 1)
         self._description = TargetDescription(
             model_id=model_id,
             revision=revision,
             architecture=type(model).__name__,
             fingerprint=model_fingerprint(model),
             num_hidden_layers=num_layers,
-            hidden_size=aux.shape[-1] // num_layers,
-            vocab_size=logits.shape[-1],
+            hidden_size=probe.aux_hidden_states.shape[-1] // num_layers,
+            vocab_size=vocab_size,
             input_vocab_size=embedding.shape[0],
             max_sequence_length=max_sequence_length(model),
-            dtype=str(aux.dtype).removeprefix("torch."),
+            dtype=str(probe.aux_hidden_states.dtype).removeprefix("torch."),
             device=str(self._device),
             device_name=_device_name(self._device),
             attn_implementation=getattr(model.config, "_attn_implementation", None),
             aux_layer_ids=default,
             num_threads=torch.get_num_threads(),
+            head="full" if self._head is None else "rows",
+            head_reason=head_reason,
+            encodings=(
+                ("probs", "logits", "hidden")
+                if self._head is not None and self._head.is_plain_linear
+                else ("probs", "logits")
+            ),
         )
 
     def describe(self) -> TargetDescription:
@@ -93,31 +117,78 @@ class TransformersTarget:
         """Return the input embeddings' `weight` in host memory, with its checksum."""
         return _to_host({"weight": self._embedding_weight().detach()})
 
+    def draft_head(self, draft_vocab: DraftVocab) -> tuple[HostTensors, LogitsTransform]:
+        """Return the head's rows for a draft vocab, and what follows them; see `Target`."""
+        if self._head is None or not self._head.is_plain_linear:
+            raise InvalidRequest("this target's head is no plain linear; `hidden` is not offered")
+        ids, _ = self._draft_vocab(draft_vocab)
+        weight, bias = self._head.draft_rows(ids)
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return _to_host(tensors), self._head.transform
+
     def supervise(self, job: SupervisionJob) -> HostTensors:
-        """Run the target on one job: full logits, then the draft-vocab rows asked for."""
-        input_ids = job.input_ids.to(self._device)
-        attention_mask = job.attention_mask.to(self._device)
-        loss_mask = shift_left_with_zero(job.loss_mask.to(self._device))
-        aux, logits = forward_with_aux(self._model, input_ids, attention_mask, job.aux_layer_ids)
-        selected_token_ids, selected_token_mask = self._draft_vocab(job.draft_vocab)
-        # argmax of the zeros that shifting appends is 0, which is what shifting the argmax gives.
-        top_ids = shift_left_with_zero(logits.argmax(dim=-1))
-        position_mask = selected_token_mask[top_ids] & loss_mask
-        rows = {
-            "position_mask": position_mask,
-            "loss_mask": loss_mask,
-            "all": torch.ones_like(loss_mask),
-        }[job.rows]
-        draft_logits = shift_left_with_zero(logits.index_select(-1, selected_token_ids))[rows]
-        attended = aux[attention_mask]
-        _check_finite(aux, attention_mask, job.aux_layer_ids)
-        _check_finite_rows(draft_logits, rows)
+        """Run the target on one job: one forward, then the head for the rows asked for."""
+        columns = job.input_ids.shape[1]
+        if not job.exact and job.rows != "all":
+            columns = _used_columns(job)
+        input_ids = job.input_ids[:, :columns].to(self._device)
+        attention_mask = job.attention_mask[:, :columns].to(self._device)
+        loss_mask = job.loss_mask[:, :columns].to(self._device)
+        head = self._rows_head(job)
+        result = forward_with_aux(
+            self._model,
+            input_ids,
+            attention_mask,
+            job.aux_layer_ids,
+            head_to_cut=None if head is None else head.module,
+        )
+        attended = result.aux_hidden_states[attention_mask]
+        _check_finite(attended, attention_mask, job.aux_layer_ids)
+        encoding = ENCODINGS[job.encoding]
+        supervision = supervise_rows(
+            self._head_rows(head, result),
+            loss_mask,
+            *self._draft_vocab(job.draft_vocab),
+            encoding,
+            job.rows,
+            needs_draft_logits=not encoding.needs_draft_head,
+        )
+        position_mask = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=self._device)
+        position_mask[:, :columns] = shift_left_with_zero(supervision.position_mask)
         return _to_host(
             {
-                "aux_hidden_states": attended,
+                **encode_aux(attended, job.aux_dtype),
                 "position_mask": pack_bits(position_mask),
-                **ENCODINGS[job.encoding].encode(draft_logits),
+                encoding.tensor_name: supervision.rows,
             }
+        )
+
+    def _rows_head(self, job: SupervisionJob) -> RowsHead | None:
+        """Return the rows-only head unless the job needs the model's own full logits.
+
+        For `exact`: on a GPU another matmul shape rounds differently, and on the CPU so does one of
+        fewer than 16 rows.
+        """
+        is_small = job.input_ids.numel() < ROW_MULTIPLE
+        if job.exact and (self._device.type != "cpu" or is_small):
+            if job.encoding == "hidden":
+                raise InvalidRequest(
+                    "exact=True with encoding 'hidden' needs a CPU target and a batch of at least "
+                    f"{ROW_MULTIPLE} tokens; use 'probs' or 'logits'"
+                )
+            return None
+        return self._head
+
+    def _head_rows(self, head: RowsHead | None, result: ForwardResult) -> HeadRows:
+        if head is None or result.head_input is None:
+            logits = result.logits.flatten(0, 1)
+            return HeadRows(logits.__getitem__, None, LogitsTransform(), self._full_chunk_rows)
+        head_input = result.head_input.flatten(0, 1)
+        return HeadRows(
+            lambda positions: head.logits(head_input[positions]),
+            head_input.__getitem__,
+            head.transform,
+            head.chunk_rows,
         )
 
     def _embedding_weight(self) -> torch.Tensor:
@@ -146,27 +217,28 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> HostTensors:
     return HostTensors({name: t.contiguous().cpu() for name, t in tensors.items()}, checksums)
 
 
+def _used_columns(job: SupervisionJob) -> int:
+    """Return T without the trailing columns that no row attends to or is supervised on.
+
+    Leading columns stay: without explicit positions their removal would move every token.
+    """
+    used = (job.attention_mask | job.loss_mask).any(dim=0).nonzero()
+    return int(used[-1]) + 1 if used.numel() else 1
+
+
 def _check_finite(
-    aux: torch.Tensor, attention_mask: torch.Tensor, aux_layer_ids: tuple[int, ...]
+    attended: torch.Tensor, attention_mask: torch.Tensor, aux_layer_ids: tuple[int, ...]
 ) -> None:
     """Raise TargetFailed naming the first layer and row whose aux states are not finite."""
-    for layer_id, states in zip(aux_layer_ids, aux.chunk(len(aux_layer_ids), -1), strict=True):
-        bad = ~states.isfinite().all(dim=-1) & attention_mask
-        if bool(bad.any()):
-            row, position = bad.nonzero()[0].tolist()
+    # aminmax reads once, allocates nothing, and lets NaN through.
+    if attended.numel() == 0 or all(bool(v.isfinite()) for v in torch.aminmax(attended)):
+        return
+    for layer_id, states in zip(aux_layer_ids, attended.chunk(len(aux_layer_ids), -1), strict=True):
+        bad = (~states.isfinite().all(dim=-1)).nonzero()
+        if bad.numel():
+            row, position = attention_mask.nonzero()[bad[0, 0]].tolist()
             raise TargetFailed(
                 f"decoder layer {layer_id} gave non-finite aux_hidden_states at row {row}, "
                 f"position {position}; nothing was sent. Look at this row, or serve the target in "
                 "a wider dtype (--dtype bfloat16 or float32)"
             )
-
-
-def _check_finite_rows(draft_logits: torch.Tensor, rows: torch.Tensor) -> None:
-    bad = ~draft_logits.isfinite().all(dim=-1)
-    if bool(bad.any()):
-        row, position = rows.nonzero()[bad.nonzero()[0, 0]].tolist()
-        raise TargetFailed(
-            f"the head gave non-finite draft-vocab logits for row {row}, position {position} "
-            "(shifted); nothing was sent. Look at this row, or serve the target in a wider dtype "
-            "(--dtype bfloat16 or float32)"
-        )

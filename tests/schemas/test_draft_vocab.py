@@ -7,10 +7,11 @@ import struct
 
 import pytest
 import torch
-from eagle3_schemas import DraftVocab
-from eagle3_schemas.errors import InvalidRequest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.errors import InvalidRequest
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 V = 31

@@ -18,6 +18,9 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from eagle3_schemas.errors import (
     MalformedPayload,
     ProtocolMismatch,
@@ -26,8 +29,6 @@ from eagle3_schemas.errors import (
 from eagle3_schemas.frame import MAX_HEADER_BYTES, MAX_TENSORS, Frame, decode, encode
 from eagle3_schemas.messages import SupervisionRequest, parse
 from eagle3_schemas.tensors import DTYPES
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 PROPERTY = settings(max_examples=400, deadline=None, derandomize=True)
 

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from eagle3_schemas import project_to_draft_vocab, shift_left_with_zero
-from eagle3_schemas.supervision import pack_bits, scatter_rows, unpack_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from eagle3_schemas import project_to_draft_vocab, shift_left_with_zero
+from eagle3_schemas.supervision import pack_bits, scatter_rows, unpack_bits
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 MASK_DTYPES = [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16]

@@ -8,6 +8,9 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
 from eagle3_schemas.tensors import (
     DTYPE_NAMES,
     DTYPES,
@@ -17,8 +20,6 @@ from eagle3_schemas.tensors import (
     flat_bytes,
     from_flat_bytes,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 MIB = 1 << 20
