@@ -74,7 +74,11 @@ def supervise_rows(
     count = 0
     for chunk in torch.split(positions, source.chunk_rows):
         logits = source.logits(chunk)
-        hit = selected_token_mask[logits.argmax(dim=-1)]  # ties: the lowest id
+        top = logits.max(dim=-1)  # ties: the lowest id
+        # A NaN counts as the largest, so the top logit tells of one anywhere in its row: such a row
+        # must not pass for one whose argmax is outside the draft vocab.
+        _check_finite(top.values, chunk, loss_mask.shape[1])
+        hit = selected_token_mask[top.indices]
         in_vocab[chunk] = hit
         kept = chunk[hit] if rows == "position_mask" else chunk
         if needs_draft_logits:
@@ -120,7 +124,7 @@ def _check_finite(rows: torch.Tensor, positions: torch.Tensor, sequence_length: 
     # aminmax reads once, allocates nothing, and lets NaN through.
     if rows.numel() == 0 or all(bool(v.isfinite()) for v in torch.aminmax(rows)):
         return
-    bad = (~rows.isfinite().all(dim=-1)).nonzero()[0, 0]
+    bad = (~rows.isfinite().view(rows.shape[0], -1).all(dim=-1)).nonzero()[0, 0]
     row, column = divmod(int(positions[bad]), sequence_length)
     raise TargetFailed(
         f"the head gave non-finite supervision for row {row}, position {column}; nothing was sent. "
