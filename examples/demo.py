@@ -8,6 +8,7 @@ runs it; ``--help`` lists what can be made smaller.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+# Trainer and server share the cores. OpenMP's waiting threads spin by default, and so would take
+# the cores from the other process. Read once, when torch loads; the server inherits it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from demo_report import DemoReport
 from draft_vocab import build_draft_vocab, count_tokens
-from eagle3_client import RemoteEagle3Backend
-from eagle3_schemas import Eagle3TargetBackend
-from eagle3_server import HFEagle3TargetModel
 from served_target import served_target
 from smollm2 import smollm2_checkpoint
 from text import (
@@ -38,6 +40,10 @@ from torch import Tensor
 from training import Eagle3Trainer, Metrics, evaluate, make_trainer, supervise, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
+
+from eagle3_client import RemoteEagle3Backend
+from eagle3_schemas import Eagle3TargetBackend
+from eagle3_server import HFEagle3TargetModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -26,8 +26,9 @@ from training import Metrics, make_trainer, supervise, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from eagle3_client import RemoteEagle3Backend
     from transformers import AutoTokenizer
+
+    from eagle3_client import RemoteEagle3Backend
 
     arguments = parse_arguments(argv)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)

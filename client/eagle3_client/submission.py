@@ -98,7 +98,9 @@ class Submission:
             try:
                 frame = connection.supervise(self.frame, self.request_id)
             except VocabMappingMissing:
+                # It restarted, perhaps with another model, which this draft vocab may not even fit.
                 connection.forget_registered(digest)
+                fleet.check_fingerprint(connection.model_info().fingerprint, connection.url)
                 connection.ensure_registered(self.draft_vocab, vocab_size)
                 frame = connection.supervise(self.frame, self.request_id)
         fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)

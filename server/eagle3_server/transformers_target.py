@@ -111,6 +111,10 @@ class TransformersTarget:
         draft_logits = shift_left_with_zero(logits.index_select(-1, selected_token_ids))[rows]
         attended = aux[attention_mask]
         _check_finite(aux, attention_mask, job.aux_layer_ids)
+        # A NaN counts as the largest, so the top logit tells of one anywhere in its row: such a row
+        # must not pass for one whose argmax is outside the draft vocab.
+        top_logits = logits[:, 1:].gather(-1, top_ids[:, :-1, None])[loss_mask[:, :-1]]
+        _check_finite_rows(top_logits, loss_mask)
         _check_finite_rows(draft_logits, rows)
         return _to_host(
             {
@@ -161,12 +165,13 @@ def _check_finite(
             )
 
 
-def _check_finite_rows(draft_logits: torch.Tensor, rows: torch.Tensor) -> None:
-    bad = ~draft_logits.isfinite().all(dim=-1)
+def _check_finite_rows(logits: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raise TargetFailed naming the first of `rows` [B, T] whose logits [N, any] are not finite."""
+    bad = ~logits.isfinite().all(dim=-1)
     if bool(bad.any()):
         row, position = rows.nonzero()[bad.nonzero()[0, 0]].tolist()
         raise TargetFailed(
-            f"the head gave non-finite draft-vocab logits for row {row}, position {position} "
+            f"the head gave non-finite logits for row {row}, position {position} "
             "(shifted); nothing was sent. Look at this row, or serve the target in a wider dtype "
             "(--dtype bfloat16 or float32)"
         )

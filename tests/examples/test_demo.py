@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch
 from torch import Tensor
+
+from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 sys.path.insert(0, EXAMPLES)

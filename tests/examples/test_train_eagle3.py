@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from eagle3_schemas import Eagle3TargetBatch, shift_left_with_zero
 from torch import Tensor
+
+from eagle3_schemas import Eagle3TargetBatch, shift_left_with_zero
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 sys.path.insert(0, EXAMPLES)

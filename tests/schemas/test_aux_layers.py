@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+
 from eagle3_schemas import AUX_LAYER_CONVENTION, default_aux_layer_ids, validate_aux_layer_ids
 from eagle3_schemas.errors import InvalidRequest
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+
 from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch
 
 B, T, H, V, D = 2, 5, 3, 13, 7

@@ -7,12 +7,13 @@ import struct
 
 import pytest
 import torch
-from eagle3_schemas import DraftVocab
-from eagle3_schemas.errors import InvalidRequest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.errors import InvalidRequest
+
+PROPERTY = settings()  # the profile of tests/conftest.py
 V = 31
 IDS = [17, 3, 30, 0, 8]
 GOLDEN_DIGEST = "6fdc06c819bbd29d5ad559b39f9a6bbfb41641345ab3090f1a265c22c5e70407"

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from eagle3_schemas import errors
 from eagle3_schemas.errors import (
     ERROR_KINDS,

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from eagle3_schemas.encodings import ENCODINGS, ProbsEncoding
 from eagle3_schemas.errors import InvalidRequest, MalformedPayload
 from eagle3_schemas.exchange import (
@@ -19,10 +22,8 @@ from eagle3_schemas.exchange import (
 from eagle3_schemas.frame import Frame, decode, encode
 from eagle3_schemas.messages import SupervisionRequest, parse
 from eagle3_schemas.supervision import pack_bits
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 DIGEST = "ab" * 32
 FIELDS: dict[str, Any] = {"request_id": "req-1", "draft_vocab_digest": DIGEST}
 H, D = 4, 3

@@ -12,6 +12,9 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from eagle3_schemas import PROTOCOL_VERSION
 from eagle3_schemas.errors import LimitExceeded, MalformedPayload
 from eagle3_schemas.frame import (
@@ -23,10 +26,8 @@ from eagle3_schemas.frame import (
     encode,
 )
 from eagle3_schemas.tensors import DTYPES, byte_view
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+
 from eagle3_schemas import PROTOCOL_VERSION
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.frame import decode, encode
@@ -21,7 +23,6 @@ from eagle3_schemas.messages import (
     SupervisionResponse,
     parse,
 )
-from pydantic import ValidationError
 
 PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 DIGEST = "0123456789abcdef" * 4
