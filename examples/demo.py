@@ -8,6 +8,7 @@ runs it; ``--help`` lists what can be made smaller.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+
+# Trainer and server share the cores. OpenMP's waiting threads spin by default, and so would take
+# the cores from the other process. Read once, when torch loads; the server inherits it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from demo_report import DemoReport

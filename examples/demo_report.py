@@ -150,7 +150,7 @@ class DemoReport:
         axes.set_title(f"EAGLE-3 draft for {self.target}: losses {verdict}")
         axes.set_xlabel("training step")
         axes.set_ylabel("training loss [nats per supervised token]")
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(file, dpi=150)

@@ -189,12 +189,16 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             remaining.call(connection.check_ready, f"waiting for {connection.url}")
 
     def get_input_embeddings(self) -> TargetEmbeddings:
-        """Download the target's input embeddings once, and keep them on the device."""
+        """Download the target's input embeddings once, and keep them on the device.
+
+        Raises:
+            FingerprintMismatch: the server came back with another target.
+        """
         with self._lock:
             if self._embeddings is None:
-                frame = self._retrier.call(
-                    lambda: self._fleet.connections[0].input_embeddings(), "input embeddings"
-                )
+                connection = self._fleet.connections[0]
+                frame = self._retrier.call(connection.input_embeddings, "input embeddings")
+                self._fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
                 weight = frame.tensors["weight"].to(self._settings.device)
                 self._embeddings = TargetEmbeddings(weight)
             return self._embeddings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,10 @@ class RemoteBatchHandle:
             concurrent.futures.CancelledError: it was cancelled, or the backend closed.
             RemoteEagle3Error: the request failed for good.
         """
-        return self._future.result(timeout)
+        try:
+            return self._future.result(timeout)
+        except FutureTimeoutError as exc:  # before Python 3.11 this is not the built-in one
+            raise TimeoutError(f"no batch after {timeout} s; the request goes on") from exc
 
     def cancel(self) -> bool:
         """Drop the request if it has not started; return whether it was dropped."""

@@ -103,7 +103,9 @@ class Submission:
             try:
                 frame, head = self._ask(fleet, connection)
             except VocabMappingMissing:
+                # It restarted, perhaps with another model, which this draft vocab may not even fit.
                 connection.forget_registered(self.draft_vocab.digest)
+                fleet.check_fingerprint(connection.model_info().fingerprint, connection.url)
                 connection.ensure_registered(self.draft_vocab, info.vocab_size)
                 frame, head = self._ask(fleet, connection)
         fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)

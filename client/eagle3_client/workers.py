@@ -5,8 +5,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Any, TypeVar
+
+from eagle3_schemas.errors import RemoteEagle3Error
 
 Result = TypeVar("Result")
 
@@ -26,6 +29,7 @@ class DaemonWorkers:
         )
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._running: set[Future[Any]] = set()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Queue a callable; a future that is cancelled before it starts is skipped."""
@@ -39,7 +43,10 @@ class DaemonWorkers:
         return future
 
     def close(self) -> None:
-        """Cancel what has not started and end idle threads; does not wait for running work."""
+        """Cancel what has not started, fail what is running, end idle threads; waits for nothing.
+
+        A thread that waits for a byte from the network cannot be woken; whoever waits for it can.
+        """
         try:
             while (item := self._queue.get_nowait()) is not None:
                 item[0].cancel()
@@ -47,14 +54,28 @@ class DaemonWorkers:
             pass
         for _ in range(self._count):
             self._queue.put(None)
+        with self._lock:
+            for future in self._running:
+                _settle(future.set_exception, RemoteEagle3Error("the backend was closed"))
+            self._running.clear()
 
     def _loop(self) -> None:
         while (item := self._queue.get()) is not None:
             future, work = item
             if not future.set_running_or_notify_cancel():
                 continue
+            with self._lock:
+                self._running.add(future)
             try:
-                future.set_result(work())
+                _settle(future.set_result, work())
             except BaseException as exc:  # it belongs to whoever waits for the future
-                future.set_exception(exc)
+                _settle(future.set_exception, exc)
+            with self._lock:
+                self._running.discard(future)
             del item, future, work  # an idle thread must not keep a batch alive
+
+
+def _settle(settle: Callable[[Any], None], value: object) -> None:
+    """Give a future its result or error, unless `close` gave it one before."""
+    with suppress(InvalidStateError):
+        settle(value)

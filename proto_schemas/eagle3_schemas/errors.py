@@ -51,18 +51,6 @@ class RemoteEagle3Error(Exception):
         ]
         return f"{self.detail} ({', '.join(context)})" if context else self.detail
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Keep the context when the error crosses processes (a DataLoader worker, a spawn)."""
-        return (_rebuild_error, (type(self), self.detail, self.__dict__.copy()))
-
-
-def _rebuild_error(
-    kind: type[RemoteEagle3Error], detail: str, state: dict[str, object]
-) -> RemoteEagle3Error:
-    error = kind(detail)
-    error.__dict__.update(state)
-    return error
-
 
 class InvalidRequest(RemoteEagle3Error, ValueError):
     """Well-formed but wrong (shape, range, unknown option). Fix the caller; never retried."""

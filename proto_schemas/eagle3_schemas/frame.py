@@ -209,7 +209,7 @@ def _unpack_header(header: memoryview) -> tuple[dict[str, Any], list[Any]]:
             header,
             strict_map_key=True,
             # Counts are bounded because msgpack allocates a container before it reads it.
-            max_array_len=1024,
+            max_array_len=256,
             max_map_len=256,
             max_ext_len=0,
             ext_hook=_refuse_extension,  # one of no bytes passes the limit

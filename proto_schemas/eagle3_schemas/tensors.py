@@ -60,7 +60,8 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes as a 1-D uint8 tensor on its device: a view if contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # Not reshape(-1), which keeps any stride that one element has, such as that of x[:1:2].
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def from_flat_bytes(data: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

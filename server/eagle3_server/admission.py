@@ -30,6 +30,9 @@ def admit_supervision(
     """
     frame = decode(body)
     request = parse(SupervisionRequest, frame.fields)
+    # First, so that a client of another model that was served here asks what is served now, rather
+    # than reads about this model's limits.
+    draft_vocab = registry.get(request.draft_vocab_digest)
     tokens = request.batch_size * request.sequence_length
     if tokens > limits.max_tokens_per_request:
         raise LimitExceeded(
@@ -72,7 +75,7 @@ def admit_supervision(
         attention_mask=batch.attention_mask,
         loss_mask=batch.loss_mask,
         aux_layer_ids=validate_aux_layer_ids(aux_layer_ids, description.num_hidden_layers),
-        draft_vocab=registry.get(request.draft_vocab_digest),
+        draft_vocab=draft_vocab,
         encoding=request.encoding,
         rows=request.rows,
         aux_dtype=request.aux_dtype,

@@ -73,6 +73,7 @@ def create_app(
     app.add_exception_handler(RemoteEagle3Error, problem_response)
     app.add_exception_handler(HTTPException, problem_response)
     app.add_exception_handler(RequestValidationError, problem_response)
+    app.add_exception_handler(Exception, problem_response)
 
     @app.get(HEALTH_PATH)
     async def health() -> dict[str, str]:

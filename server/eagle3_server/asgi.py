@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import re
 import uuid
 from http import HTTPStatus
@@ -31,6 +32,8 @@ from eagle3_schemas.protocol import (
     REQUEST_ID_HEADER,
     REQUEST_ID_PATTERN,
 )
+
+logger = logging.getLogger(__name__)
 
 _MESSAGE_BYTES = 1 << 20  # the transport may hold one message back: small ones bound that memory
 
@@ -113,9 +116,15 @@ def problem_response(request: Request, exc: Exception) -> Response:
             headers["retry-after"] = str(max(1, round(exc.retry_after_s)))
         if status == 401:
             headers["www-authenticate"] = "Bearer"
+    elif not isinstance(exc, HTTPException):
+        logger.error("request %s failed", request_id, exc_info=exc)
+        code, status = "target_failed", 500
+        detail = (
+            f"the server failed with {type(exc).__name__}; its log has the traceback under request "
+            f"id {request_id}"
+        )
     else:
         # A path or method the framework does not know: most likely another protocol version.
-        assert isinstance(exc, HTTPException)
         code, status, detail = "protocol_mismatch", exc.status_code, str(exc.detail)
         detail = f"{detail}: {request.method} {request.url.path} is not a path of this server"
         headers.update(exc.headers or {})

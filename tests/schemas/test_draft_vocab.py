@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.errors import InvalidRequest
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 V = 31
 IDS = [17, 3, 30, 0, 8]
 GOLDEN_DIGEST = "6fdc06c819bbd29d5ad559b39f9a6bbfb41641345ab3090f1a265c22c5e70407"

@@ -23,7 +23,7 @@ from eagle3_schemas.frame import Frame, decode, encode
 from eagle3_schemas.messages import SupervisionRequest, parse
 from eagle3_schemas.supervision import pack_bits
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 DIGEST = "ab" * 32
 FIELDS: dict[str, Any] = {"request_id": "req-1", "draft_vocab_digest": DIGEST}
 H, D = 4, 3

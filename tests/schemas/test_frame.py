@@ -27,7 +27,7 @@ from eagle3_schemas.frame import (
 )
 from eagle3_schemas.tensors import DTYPES, byte_view
 
-PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from eagle3_schemas import project_to_draft_vocab, shift_left_with_zero
 from eagle3_schemas.supervision import pack_bits, scatter_rows, unpack_bits
 
-PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 MASK_DTYPES = [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16]
 # The loop sums in float64, torch in float32: a few roundings of 2**-24 per term.
 ROUNDING = 1e-6

@@ -21,7 +21,7 @@ from eagle3_schemas.tensors import (
     from_flat_bytes,
 )
 
-PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
+PROPERTY = settings()  # the profile of tests/conftest.py
 MIB = 1 << 20
 WORD = 8
 ROW = 64 * WORD  # the checksum runs over 64 columns of words, then over the rest
@@ -108,6 +108,18 @@ def test_checksum_reads_a_strided_tensor_in_row_major_order(layout: object) -> N
     tensor = layout(torch.arange(77.0).reshape(7, 11))  # type: ignore[operator]
     packed = struct.pack(f"<{tensor.numel()}f", *(x for line in tensor.tolist() for x in line))
     assert checksum(tensor) == slow_checksum(packed)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_element_or_none_may_have_any_stride(name: str, count: int) -> None:
+    """Such tensors count as contiguous, so nothing puts their stride right on the way."""
+    tensor = torch.ones(8).to(DTYPES[name])[3 : 3 + count : 2]
+    assert tensor.is_contiguous()
+    assert tensor.stride() == (2,)
+    expected = bytes(torch.ones(count).to(DTYPES[name]).view(torch.uint8).tolist())
+    assert bytes(byte_view(tensor)) == bytes(flat_bytes(tensor).tolist()) == expected
+    assert checksum(tensor) == slow_checksum(expected)
 
 
 def test_checksum_on_device_gives_the_same_words_as_signed_integers() -> None:
