@@ -79,6 +79,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mpt": ("MptForCausalLM", {"d_model": 48, "n_layers": 7, "n_heads": 6, "vocab_size": 131}),
 }
+# What families do to their head's output, strong enough to show.
+FAMILIES["gemma2"] = (
+    "Gemma2ForCausalLM",
+    FAMILIES["llama"][1] | {"final_logit_softcapping": 2.0, "sliding_window": 8},
+)
+FAMILIES["cohere"] = (
+    "CohereForCausalLM",
+    {name: value for name, value in FAMILIES["llama"][1].items() if name != "head_dim"}
+    | {"logit_scale": 0.3, "tie_word_embeddings": False},
+)
+FAMILIES["granite"] = ("GraniteForCausalLM", FAMILIES["llama"][1] | {"logits_scaling": 3.0})
 
 
 def _build_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -239,6 +250,9 @@ class GatedTarget:
 
     def input_embeddings(self) -> Any:
         return self.inner.input_embeddings()
+
+    def draft_head(self, draft_vocab: Any) -> Any:
+        return self.inner.draft_head(draft_vocab)
 
     def supervise(self, job: Any) -> Any:
         self.entered.release()

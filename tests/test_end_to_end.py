@@ -327,14 +327,16 @@ def test_a_changed_mapping_leaves_requests_in_flight_theirs(
     target, inputs = gated(llama), batch_of(131)
     old, new = frequency_ordered(131, 53, 5), frequency_ordered(131, 31, 6)
     backend = connect(serve(target), old, max_in_flight=1)
+    # While no forward runs: the target hooks the model it owns.
+    expected_before, expected_after = (expect(llama, inputs, ids) for ids in (old, new))
     before = [backend.generate_batch_async(*inputs) for _ in range(3)]
     target.wait_until_entered()
     backend.set_vocab_mapping(*mapping(new, 131))
     after = backend.generate_batch_async(*inputs)
     target.gate.set()
     for handle in before:
-        matches(handle.result(60), expect(llama, inputs, old))
-    matches(after.result(60), expect(llama, inputs, new))
+        matches(handle.result(60), expected_before)
+    matches(after.result(60), expected_after)
 
 
 @pytest.mark.parametrize("reason", ["repeated", "out-of-range", "another-set", "short-mask"])

@@ -12,10 +12,10 @@ import torch
 
 from eagle3_client.config import ClientSettings
 from eagle3_client.connection import Connection
-from eagle3_schemas import ModelInfo
-from eagle3_schemas.draft_head import DraftHead, LogitsTransform
-from eagle3_schemas.errors import FingerprintMismatch
-from eagle3_schemas.messages import DraftHeadFields, parse
+from eagle3_schemas import DraftVocab, ModelInfo
+from eagle3_schemas.draft_head import DraftHead
+from eagle3_schemas.errors import FingerprintMismatch, InvalidRequest, ProtocolMismatch
+from eagle3_schemas.exchange import unpack_draft_head
 
 _CACHED_HEADS = 2  # the current draft vocab, and one that requests in flight may still name
 _SAME_EVERYWHERE = ("fingerprint", "vocab_size", "hidden_size", "num_hidden_layers", "dtype")
@@ -92,21 +92,29 @@ class Fleet:
         self._info = infos[0]
         return self._info
 
-    def draft_head(self, digest: str, connection: Connection, device: torch.device) -> DraftHead:
-        """Return a draft vocab's head on the device; downloaded once, the last few are kept."""
+    def draft_head(
+        self, draft_vocab: DraftVocab, connection: Connection, device: torch.device
+    ) -> DraftHead:
+        """Return a draft vocab's head on the device; downloaded once, the last few are kept.
+
+        Raises:
+            FingerprintMismatch: another target answered.
+            ProtocolMismatch: the answer is not that head.
+        """
         with self._head_lock:
-            head = self._heads.pop(digest, None)
+            head = self._heads.pop(draft_vocab.digest, None)
             if head is None:
-                frame = connection.draft_head(digest)
-                fields = parse(DraftHeadFields, frame.fields)
-                self.check_fingerprint(fields.fingerprint, connection.url)
-                bias = frame.tensors.get("bias")
-                head = DraftHead.build(
-                    frame.tensors["weight"].to(device),
-                    None if bias is None else bias.to(device),
-                    LogitsTransform(fields.upcast, fields.multiply, fields.divide, fields.softcap),
-                )
-            self._heads[digest] = head
+                frame = connection.draft_head(draft_vocab.digest)
+                self.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
+                try:
+                    head = unpack_draft_head(frame, draft_vocab, device)
+                except InvalidRequest as exc:
+                    raise ProtocolMismatch(
+                        f"the draft head is not the one asked for: {exc.detail}. Check that both "
+                        "sides have the same version",
+                        url=connection.url,
+                    ) from exc
+            self._heads[draft_vocab.digest] = head
             if len(self._heads) > _CACHED_HEADS:
                 self._heads.popitem(last=False)
             return head

@@ -15,8 +15,8 @@ from eagle3_schemas.draft_head import DraftHead
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import (
     InvalidRequest,
-    MalformedPayload,
     ProtocolMismatch,
+    TransportError,
     VocabMappingMissing,
 )
 from eagle3_schemas.exchange import (
@@ -96,6 +96,7 @@ class Submission:
 
         Raises:
             FingerprintMismatch: another target answered.
+            ProtocolMismatch: the answer is not of the form asked for.
             RemoteEagle3Error: what the server said, or why there was no answer.
         """
         with fleet.least_busy() as connection:
@@ -109,6 +110,13 @@ class Submission:
                 connection.ensure_registered(self.draft_vocab, info.vocab_size)
                 frame, head = self._ask(fleet, connection)
         fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
+        if frame.fields.get("request_id") != self.request_id:
+            # Something in between mixed answers up: worth a repeat.
+            raise TransportError(
+                f"the response is to request {frame.fields.get('request_id')!r:.100}",
+                url=connection.url,
+                request_id=self.request_id,
+            )
         try:
             _, supervision = unpack_response(
                 frame,
@@ -120,7 +128,7 @@ class Submission:
                 draft_head=head,
                 device=self.settings.device,
             )
-        except (MalformedPayload, InvalidRequest) as exc:
+        except InvalidRequest as exc:
             # Its checksums are right, so a repeat would bring the same.
             raise ProtocolMismatch(
                 f"the response is not the one asked for: {exc.detail}. Check that both sides have "
@@ -134,7 +142,7 @@ class Submission:
         """Send the request; also fetch what decoding its answer needs, if that is not here yet."""
         head = None
         if ENCODINGS[self.request.encoding].needs_draft_head:
-            head = fleet.draft_head(self.draft_vocab.digest, connection, self.settings.device)
+            head = fleet.draft_head(self.draft_vocab, connection, self.settings.device)
         return connection.supervise(self.frame, self.request_id), head
 
     def batch(self, supervision: Supervision) -> Eagle3TargetBatch:

@@ -31,6 +31,11 @@ class Encoding(Protocol):
             transform: that transform.
         """
 
+    def columns_and_dtypes(
+        self, draft_vocab_size: int, dtype: torch.dtype, head: DraftHead | None
+    ) -> tuple[int, tuple[torch.dtype, ...]]:
+        """Return C and the dtypes that rows on the wire may have, for a target of `dtype`."""
+
     def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
         """Rows [N, C] on the trainer's device -> `target_probs` rows [N, D] float32."""
 
@@ -46,6 +51,12 @@ class ProbsEncoding:
     ) -> torch.Tensor:
         """[N, D] logits -> [N, D] float32."""
         return torch.softmax(draft_logits.float(), dim=-1)
+
+    def columns_and_dtypes(
+        self, draft_vocab_size: int, dtype: torch.dtype, head: DraftHead | None
+    ) -> tuple[int, tuple[torch.dtype, ...]]:
+        """[N, D] float32."""
+        return draft_vocab_size, (torch.float32,)
 
     def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
         """Return the rows as they came."""
@@ -70,6 +81,12 @@ class LogitsEncoding:
             return draft_logits.to(head_input.dtype)
         return draft_logits
 
+    def columns_and_dtypes(
+        self, draft_vocab_size: int, dtype: torch.dtype, head: DraftHead | None
+    ) -> tuple[int, tuple[torch.dtype, ...]]:
+        """[N, D]; what follows the head decides the dtype."""
+        return draft_vocab_size, (dtype, torch.float32, torch.bfloat16, torch.float16)
+
     def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
         """[N, D] -> float32 softmax."""
         return torch.softmax(rows.float(), dim=-1)
@@ -90,11 +107,22 @@ class HiddenEncoding:
         """[N, H] as it is."""
         return head_input
 
+    def columns_and_dtypes(
+        self, draft_vocab_size: int, dtype: torch.dtype, head: DraftHead | None
+    ) -> tuple[int, tuple[torch.dtype, ...]]:
+        """[N, H] in the head's dtype."""
+        weight = _needed(head).weight
+        return weight.shape[1], (weight.dtype,)
+
     def decode(self, rows: torch.Tensor, head: DraftHead | None) -> torch.Tensor:
         """[N, H] -> draft head, transform, float32 softmax."""
-        if head is None:
-            raise ValueError("decoding `hidden` needs the draft vocab's head")
-        return torch.softmax(head.logits(rows).float(), dim=-1)
+        return torch.softmax(_needed(head).logits(rows).float(), dim=-1)
+
+
+def _needed(head: DraftHead | None) -> DraftHead:
+    if head is None:
+        raise ValueError("decoding `hidden` needs the draft vocab's head")
+    return head
 
 
 ENCODINGS: Final[dict[str, Encoding]] = {

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 
 from eagle3_schemas.aux_states import aux_shapes, decode_aux
-from eagle3_schemas.draft_head import DraftHead
+from eagle3_schemas.draft_head import DraftHead, LogitsTransform
+from eagle3_schemas.draft_vocab import DraftVocab
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest, MalformedPayload
 from eagle3_schemas.frame import EncodedFrame, Frame, encode
-from eagle3_schemas.messages import SupervisionRequest, SupervisionResponse, parse
+from eagle3_schemas.messages import (
+    DraftHeadFields,
+    SupervisionRequest,
+    SupervisionResponse,
+    parse,
+)
 from eagle3_schemas.supervision import pack_bits, scatter_rows, shift_left_with_zero, unpack_bits
 
 
@@ -202,12 +208,13 @@ def unpack_response(
     if bool((position_mask & ~loss_mask).any()):
         raise MalformedPayload("position_mask marks positions outside the shifted loss_mask")
     mask = rows_on_wire(request.rows, position_mask, loss_mask)
-    columns = draft_vocab_size if draft_head is None else draft_head.weight.shape[1]
+    count = int(mask.sum())
+    columns, dtypes = encoding.columns_and_dtypes(draft_vocab_size, dtype, draft_head)
     rows = frame.tensors.get(encoding.tensor_name)
-    if rows is None or rows.shape != (int(mask.sum()), columns) or not rows.is_floating_point():
+    if rows is None or rows.shape != (count, columns) or rows.dtype not in dtypes:
         got = None if rows is None else f"{list(rows.shape)} {rows.dtype}"
         raise MalformedPayload(
-            f"expected {encoding.tensor_name} [{int(mask.sum())}, {columns}], got {got}"
+            f"expected {encoding.tensor_name} [{count}, {columns}] {dtypes[0]}, got {got}"
         )
     on_device = {name: tensor.to(device) for name, tensor in frame.tensors.items()}
     probs = encoding.decode(on_device[encoding.tensor_name], draft_head)
@@ -219,6 +226,34 @@ def unpack_response(
         scatter_rows(aux, batch.attention_mask.to(device)),
         target_probs,
         position_mask.unsqueeze(-1).to(device),
+    )
+
+
+def unpack_draft_head(frame: Frame, draft_vocab: DraftVocab, device: torch.device) -> DraftHead:
+    """Rebuild a draft vocab's head on `device`; every shape is checked first.
+
+    Raises:
+        InvalidRequest: another draft vocab's head, or its tensors are not [D, H] and [D].
+    """
+    fields = parse(DraftHeadFields, frame.fields)
+    if fields.draft_vocab_digest != draft_vocab.digest:
+        raise MalformedPayload(
+            f"expected the head of draft vocab {draft_vocab.digest}, got that of "
+            f"{fields.draft_vocab_digest}"
+        )
+    size = draft_vocab.draft_vocab_size
+    weight, bias = frame.tensors.get("weight"), frame.tensors.get("bias")
+    if weight is None or weight.ndim != 2 or weight.shape[0] != size:
+        got = None if weight is None else list(weight.shape)
+        raise MalformedPayload(f"expected weight [{size}, H] of the draft vocab's head, got {got}")
+    if bias is not None and (bias.shape != (size,) or bias.dtype is not weight.dtype):
+        raise MalformedPayload(
+            f"expected bias [{size}] {weight.dtype}, got {list(bias.shape)} {bias.dtype}"
+        )
+    return DraftHead.build(
+        weight.to(device),
+        None if bias is None else bias.to(device),
+        LogitsTransform(fields.upcast, fields.multiply, fields.divide, fields.softcap),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.head import cut_head
 from eagle3_server.layout import decoder_layers
 
@@ -96,6 +97,7 @@ def forward_with_aux(
 
     Raises:
         RuntimeError: the forward did not pass through every aux layer.
+        InvalidRequest: a layer's output is not [B, T, H].
     """
     head_inputs: list[torch.Tensor] = []
     with capture_layers(model, aux_layer_ids) as captured, ExitStack() as stack:
@@ -105,6 +107,14 @@ def forward_with_aux(
     missing = [i for i in aux_layer_ids if i not in captured]
     if missing:
         raise RuntimeError(f"the forward did not pass through decoder layers {missing}")
+    for i in aux_layer_ids:
+        if captured[i].ndim != 3 or captured[i].shape[:2] != input_ids.shape:
+            # Gemma 3n carries four streams, [4, B, T, H]; none of them is the hidden state.
+            raise InvalidRequest(
+                f"{type(model).__name__}: decoder layer {i} gives {list(captured[i].shape)} for "
+                f"input_ids {list(input_ids.shape)}, not [B, T, H]; its aux_hidden_states are "
+                "undefined, so this model cannot be a target"
+            )
     aux_hidden_states = torch.cat([captured[i] for i in aux_layer_ids], dim=-1)
     return ForwardResult(aux_hidden_states, logits, head_inputs[0] if head_inputs else None)
 

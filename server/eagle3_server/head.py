@@ -2,7 +2,7 @@
 
 One hook on the output embeddings does it: it keeps the head's whole input and lets the model's own
 forward go on with a single row, whatever the family does in between. The rows needed are then taken
-through the head in chunks, and through what the model does to its logits.
+through the head in tiles of rows x ids, and through what the model does to its logits.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform, pad_rows
 from eagle3_server.layout import max_sequence_length, text_config
+
+_CPU_TILE_BYTES = 4 * 1024 * 1024  # stays in the cache between the matmul and the reductions
+_CPU_CHUNK_ROWS = 2048  # a matmul packs the weights anew: dear for few rows
+_MIN_TILE_IDS = 64  # of fewer than 16 columns, matmuls take other kernels
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """input_ids and attention_mask [B, T] -> the model's own logits."""
@@ -33,7 +38,8 @@ def cut_head(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def keep_and_cut(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         inputs.append(args[0])
-        return (args[0][:, -1:],)
+        # Contiguous: else linear is a bmm, which reads the weights once for every row.
+        return (args[0][:, -1:].contiguous(),)
 
     handle = head.register_forward_pre_hook(keep_and_cut)
     try:
@@ -51,12 +57,14 @@ class RowsHead:
         transform: what the model does to their output.
         vocab_size: V, the width of the logits.
         chunk_rows: rows taken through the head at once, a multiple of 16.
+        tile_bytes: memory that a tile's logits may take; None takes all ids at once.
     """
 
     module: nn.Module
     transform: LogitsTransform
     vocab_size: int
     chunk_rows: int
+    tile_bytes: int | None
 
     @classmethod
     def find(cls, model: nn.Module, forward: Forward, chunk_bytes: int) -> RowsHead:
@@ -92,9 +100,13 @@ class RowsHead:
         head_input, head_output = seen[0]
         transform = _find_transform(model, head_output, logits)
         itemsize = max(logits.element_size(), head_output.element_size())
-        rows = max(chunk_bytes // (itemsize * logits.shape[-1]), 1)
+        tile_bytes, ids, most_rows = None, logits.shape[-1], chunk_bytes
+        if _is_plain_linear(module) and head_input.device.type == "cpu":
+            tile_bytes = min(chunk_bytes, _CPU_TILE_BYTES)
+            ids, most_rows = _MIN_TILE_IDS, _CPU_CHUNK_ROWS
+        rows = min(chunk_bytes // (itemsize * ids), most_rows)
         chunk_rows = max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-        found = cls(module, transform, logits.shape[-1], chunk_rows)
+        found = cls(module, transform, logits.shape[-1], chunk_rows, tile_bytes)
         found._prove(forward, input_ids, attention_mask, head_input, logits)
         return found
 
@@ -107,13 +119,17 @@ class RowsHead:
         logits: torch.Tensor,
     ) -> None:
         """Raise HeadUnsupported unless the cut forward and the chunked rows give the same."""
-        with cut_head(self.module) as inputs:
-            cut = forward(input_ids, attention_mask)
+        try:
+            with cut_head(self.module) as inputs:
+                cut = forward(input_ids, attention_mask)
+        except Exception as exc:  # whatever the model does with logits of an unexpected shape
+            raise HeadUnsupported(f"its forward fails with a cut head: {exc}") from exc
         if cut.shape[1] != 1 or len(inputs) != 1 or not torch.equal(inputs[0], head_input):
             raise HeadUnsupported("a forward with a cut head is not the same forward")
         rows = head_input.flatten(0, 1)
         for count in (1, 17, rows.shape[0]):
-            got, expected = self.logits(rows[:count]), logits.flatten(0, 1)[:count]
+            expected = logits.flatten(0, 1)[:count]
+            got = torch.cat([tile for _, tile in self.tiles(rows[:count])], dim=-1)
             is_same = (
                 torch.equal(got, expected)
                 if rows.device.type == "cpu"
@@ -125,9 +141,32 @@ class RowsHead:
                 error = (got.float() - expected.float()).abs().max().item()
                 raise HeadUnsupported(f"{count} rows differ from the full logits by {error:.3g}")
 
-    def logits(self, head_input: torch.Tensor) -> torch.Tensor:
-        """[N, H], N up to `chunk_rows` -> [N, V], as the model's own forward gives them."""
-        return self.transform(self.module(pad_rows(head_input)))[: head_input.shape[0]]
+    def tiles(self, head_input: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Give the rows' logits as the model's own forward does, tile by tile in the order of ids.
+
+        On the CPU a tile is all rows by some ids: the head's weights are read once, as in one
+        matmul over all rows, and the tile is still in the cache when it is reduced.
+
+        Args:
+            head_input: [N, H], N up to `chunk_rows`.
+
+        Yields:
+            The first id of a tile, and the logits [N, ids in the tile].
+        """
+        count, rows = head_input.shape[0], pad_rows(head_input)
+        if self.tile_bytes is None:
+            yield 0, self.transform(self.module(rows))[:count]
+            return
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        bias: torch.Tensor | None = self.module.bias  # type: ignore[assignment]
+        row_bytes = max(rows.shape[0], ROW_MULTIPLE) * rows.element_size()
+        width = max(self.tile_bytes // row_bytes, _MIN_TILE_IDS)
+        parts = max(self.vocab_size // width, 1)
+        # All about as wide: a narrow last tile would take another kernel.
+        edges = [self.vocab_size * i // parts // ROW_MULTIPLE * ROW_MULTIPLE for i in range(parts)]
+        for start, end in pairwise([*edges, self.vocab_size]):
+            part = linear(rows, weight[start:end], None if bias is None else bias[start:end])
+            yield start, self.transform(part)[:count]
 
     def draft_rows(
         self, selected_token_ids: torch.Tensor
@@ -146,11 +185,15 @@ class RowsHead:
     @property
     def is_plain_linear(self) -> bool:
         """Whether a trainer can rebuild logits from the head's rows (encoding `hidden`)."""
-        return (
-            type(self.module) is nn.Linear
-            and self.module.weight.is_floating_point()
-            and type(self.module.weight.data) is torch.Tensor
-        )
+        return _is_plain_linear(self.module)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Linear
+        and module.weight.is_floating_point()
+        and type(module.weight.data) is torch.Tensor
+    )
 
 
 def probe_batch(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,9 +220,11 @@ def _find_transform(
 
     candidates = product(
         (False, True),
-        options("logit_scale", "lm_head_multiplier"),
+        # Cohere; Falcon-H1; HyperCLOVA X, which multiplies by what Granite divides by.
+        options("logit_scale", "lm_head_multiplier", "logits_scaling"),
         options("logits_scaling"),
-        options("final_logit_softcapping"),
+        # Gemma; RecurrentGemma.
+        options("final_logit_softcapping", "logits_soft_cap"),
     )
     for upcast, multiply, divide, softcap in candidates:
         transform = LogitsTransform(upcast, multiply, divide, softcap)

@@ -26,9 +26,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         InvalidRequest: no such container; the model is not one whose layers can be hooked.
     """
     count = text_config(model).num_hidden_layers  # type: ignore[attr-defined]
-    getter = getattr(model, "get_decoder", None)
-    root = getter() if getter is not None else model
-    for module in (root if isinstance(root, nn.Module) else model).modules():
+    for module in _decoder(model).modules():
         # modules() goes from the outside in, so the layers come before lists of experts in them.
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
@@ -40,13 +38,20 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     )
 
 
+def _decoder(model: nn.Module) -> nn.Module:
+    """Return the decoder of a model that tells it from its towers and its head, else the model."""
+    getter = getattr(model, "get_decoder", None)
+    root = getter() if getter is not None else model
+    return root if isinstance(root, nn.Module) else model
+
+
 def max_sequence_length(model: nn.Module) -> int | None:
     """Return the longest T a table of learned positions admits (GPT-2, OPT), or None without one.
 
     Rotary and ALiBi models have no such table. A position beyond it would be a device-side assert
     on a GPU, which poisons the process.
     """
-    for name, module in model.named_modules():
+    for name, module in _decoder(model).named_modules():  # a vision tower's positions are its own
         leaf = name.rpartition(".")[2]
         if leaf in ("wpe", "embed_positions", "position_embeddings") and isinstance(
             module, nn.Embedding

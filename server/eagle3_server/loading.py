@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,8 +16,11 @@ from eagle3_server.transformers_target import TransformersTarget
 def load_target(settings: ServerSettings) -> TransformersTarget:
     """Load the model the settings name: a hub id, a checkpoint's directory, or a .gguf file.
 
+    A multimodal checkpoint whose family has no text-only class is loaded whole and served on text.
+
     Raises:
-        InvalidRequest: no model was named, or it cannot be loaded; the message says why.
+        InvalidRequest: no model was named, it cannot be loaded, or the checkpoint lacks weights;
+            the message says why.
     """
     if settings.model is None:
         raise InvalidRequest("no model was named; give a hub id, a directory, or a .gguf file")
@@ -30,31 +34,56 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
         if settings.dtype == "auto"
         else getattr(torch, settings.dtype)
     )
-    source, extra = settings.model, {}
+    source = settings.model
+    auto_class: Any = None  # of transformers, whose types say nothing of the loading report
+    extra: dict[str, Any] = {}
     if settings.model.endswith(".gguf"):
         path = Path(settings.model)
         if not path.is_file():
             raise InvalidRequest(f"no such file: {path}")
-        source, extra = str(path.parent), {"gguf_file": path.name}
+        source, extra["gguf_file"] = str(path.parent), path.name
+        auto_class = transformers.AutoModelForCausalLM
     if settings.attn_implementation is not None:
         extra["attn_implementation"] = settings.attn_implementation
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=settings.revision or "main",
-            dtype=dtype,
-            trust_remote_code=settings.trust_remote_code,
-            **extra,
+        where: dict[str, Any] = {
+            "revision": settings.revision or "main",
+            "trust_remote_code": settings.trust_remote_code,
+        }
+        if auto_class is None:
+            auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **where))
+        model, report = auto_class.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **where, **extra
         )
-    except (OSError, ValueError, ImportError, KeyError) as exc:
-        # A wrong id, no network, an architecture transformers lacks, a missing optional package:
-        # transformers tells them apart only in words, so pass its words on.
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
+        # A wrong id, no network, an architecture transformers lacks, a missing optional package,
+        # weights of another shape: transformers tells them apart only in words, so pass them on.
         raise InvalidRequest(f"cannot load {settings.model!r}: {exc}") from exc
+    if report["missing_keys"]:
+        # transformers makes random weights of these, and only warns.
+        missing = sorted(report["missing_keys"])
+        raise InvalidRequest(
+            f"cannot load {settings.model!r}: the checkpoint lacks {len(missing)} of the weights "
+            f"of {type(model).__name__}, such as {', '.join(missing[:3])}"
+        )
     return TransformersTarget(
-        model.to(device),  # type: ignore[arg-type]  # transformers wraps torch's `to` untyped
+        model.to(device),
         # A directory's name, not its path: paths of the server's disk are nobody's business.
         model_id=Path(settings.model).name if Path(settings.model).exists() else settings.model,
         revision=settings.revision,
         aux_layer_ids=settings.aux_layer_ids,
         head_chunk_bytes=settings.head_chunk_bytes,
     )
+
+
+def _auto_class(config: object) -> Any:
+    """Return the auto class that loads this config's checkpoints with a language-model head.
+
+    The text-only one where a family has it; vision-language families often have the other alone.
+    """
+    if (
+        type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        and type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM  # of a config in neither, it says what it knows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +12,21 @@ from eagle3_schemas.encodings import Encoding
 from eagle3_schemas.errors import TargetFailed
 from eagle3_schemas.messages import Rows
 
+_ENCODED_ROWS = 64  # encoded at once: bounds the copies of their draft-vocab logits
+
 
 @dataclass(frozen=True)
 class HeadRows:
     """Where a chunk's logits come from: the rows-only head, or logits a full forward gave.
 
     Attributes:
-        logits: flat positions [N] int64 -> logits [N, V].
+        tiles: flat positions [N] int64 -> their logits [N, V] in tiles: first id, [N, ids].
         head_input: flat positions [N] -> the head's input [N, H]; None on the full path.
-        transform: what follows the head; its dtype decides how `logits` travel.
+        transform: what follows the head; decides how `logits` travel.
         chunk_rows: rows to take at once.
     """
 
-    logits: Callable[[torch.Tensor], torch.Tensor]
+    tiles: Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
     head_input: Callable[[torch.Tensor], torch.Tensor] | None
     transform: LogitsTransform
     chunk_rows: int
@@ -70,54 +72,87 @@ def supervise_rows(
         computed[:, 0] = False
     positions = computed.flatten().nonzero().squeeze(1)
     in_vocab = torch.zeros_like(loss_mask).flatten()
+    ordered, order = selected_token_ids.sort()
+    place = order.argsort()
     sent: torch.Tensor | None = None
     count = 0
-    for chunk in torch.split(positions, source.chunk_rows):
-        logits = source.logits(chunk)
-        top = logits.max(dim=-1)  # ties: the lowest id
+    for chunk in torch.split(positions, source.chunk_rows):  # no positions: one empty chunk
+        top: _Top | None = None
+        draft_logits = torch.empty(0)
+        for start, logits in source.tiles(chunk):
+            if sent is None:  # one buffer for the most rows there can be: no copy at the end
+                sent = _rows_like(source, encoding, logits, positions.numel(), ordered.numel())
+            if needs_draft_logits:
+                # In the rows' own buffer, whose dtype holds them without loss, ordered by id.
+                draft_logits = sent[count : count + chunk.numel()]
+                ends = torch.tensor([start, start + logits.shape[1]], device=ordered.device)
+                first, last = torch.searchsorted(ordered, ends).tolist()
+                draft_logits[:, first:last] = logits.index_select(1, ordered[first:last] - start)
+            top = _top_of(logits, start, top)
+        assert sent is not None
+        assert top is not None
         # A NaN counts as the largest, so the top logit tells of one anywhere in its row: such a row
         # must not pass for one whose argmax is outside the draft vocab.
         _check_finite(top.values, chunk, loss_mask.shape[1])
-        hit = selected_token_mask[top.indices]
+        hit = selected_token_mask[top.ids]
         in_vocab[chunk] = hit
-        kept = chunk[hit] if rows == "position_mask" else chunk
-        if needs_draft_logits:
-            chosen = logits[hit] if rows == "position_mask" else logits
-            draft_logits = chosen.index_select(-1, selected_token_ids)
-            _check_finite(draft_logits, kept, loss_mask.shape[1])
-        else:
-            draft_logits = logits.new_empty(kept.shape[0], 0)
-        head_input = logits if source.head_input is None else source.head_input(kept)
-        part = encoding.encode(head_input, draft_logits, source.transform)
-        if not needs_draft_logits:
-            _check_finite(part, kept, loss_mask.shape[1])
-        if sent is None:  # one buffer for the most rows there can be: no second copy at the end
-            sent = part.new_empty(positions.numel(), part.shape[1])
-        sent[count : count + part.shape[0]] = part
-        count += part.shape[0]
-    if sent is None:
-        sent = _no_rows(source, loss_mask, selected_token_ids, encoding)
+        wanted = hit if rows == "position_mask" else torch.ones_like(hit)
+        for begin in range(0, chunk.numel(), _ENCODED_ROWS):
+            block = slice(begin, begin + _ENCODED_ROWS)
+            kept = chunk[block][wanted[block]]
+            if needs_draft_logits:
+                part = draft_logits[block][wanted[block]].index_select(-1, place)
+                _check_finite(part, kept, loss_mask.shape[1])
+                part = encoding.encode(part, part, source.transform)
+            else:
+                assert source.head_input is not None
+                head_input = source.head_input(kept)
+                part = encoding.encode(head_input, head_input[:, :0], source.transform)
+                _check_finite(part, kept, loss_mask.shape[1])
+            # Never beyond the block just read.
+            sent[count : count + part.shape[0]] = part
+            count += part.shape[0]
+    assert sent is not None
     return SupervisionRows(in_vocab.view_as(loss_mask) & supervised, sent[:count])
 
 
 def logsumexp_rows(source: HeadRows, positions: torch.Tensor) -> torch.Tensor:
     """Full-vocab logsumexp of the rows at flat positions [N] -> [N] float32."""
-    parts = [
-        torch.logsumexp(source.logits(chunk).float(), -1)
-        for chunk in torch.split(positions, source.chunk_rows)
-    ]
+    parts = []
+    for chunk in torch.split(positions, source.chunk_rows):
+        tiles = [torch.logsumexp(logits.float(), -1) for _, logits in source.tiles(chunk)]
+        parts.append(torch.logsumexp(torch.stack(tiles), 0))
     return torch.cat(parts)
 
 
-def _no_rows(
-    source: HeadRows, loss_mask: torch.Tensor, selected_token_ids: torch.Tensor, encoding: Encoding
+@dataclass(frozen=True)
+class _Top:
+    values: torch.Tensor  # [N] the largest logit so far; NaN if there was one
+    ids: torch.Tensor  # [N] its lowest id; undefined if NaN
+
+
+def _top_of(logits: torch.Tensor, start: int, before: _Top | None) -> _Top:
+    """Argmax of the ids so far; ties go to the lowest."""
+    if before is None:
+        top = logits.max(dim=-1)
+        return _Top(top.values, top.indices + start)
+    # On the CPU `amax` costs half of `max`, and few rows find a larger logit in a later tile.
+    values = logits.amax(dim=-1)
+    larger = (values > before.values).nonzero().squeeze(1)
+    if larger.numel():
+        before.ids[larger] = logits[larger].max(dim=-1).indices + start
+    return _Top(torch.maximum(values, before.values), before.ids)
+
+
+def _rows_like(
+    source: HeadRows, encoding: Encoding, logits: torch.Tensor, count: int, draft_vocab_size: int
 ) -> torch.Tensor:
-    """An empty part of the right width and dtype, for a batch without supervision."""
-    first = torch.zeros(1, dtype=torch.int64, device=loss_mask.device)
-    logits = source.logits(first)
-    head_input = logits if source.head_input is None else source.head_input(first)
-    draft_logits = logits.index_select(-1, selected_token_ids)
-    return encoding.encode(head_input, draft_logits, source.transform)[:0]
+    """Return a buffer for `count` rows of the encoding."""
+    none = torch.zeros(0, dtype=torch.int64, device=logits.device)
+    head_input = logits[:0] if source.head_input is None else source.head_input(none)
+    draft_logits = logits.new_empty(0, draft_vocab_size)
+    part = encoding.encode(head_input, draft_logits, source.transform)
+    return part.new_empty(count, part.shape[1])
 
 
 def _check_finite(rows: torch.Tensor, positions: torch.Tensor, sequence_length: int) -> None:
@@ -127,6 +162,7 @@ def _check_finite(rows: torch.Tensor, positions: torch.Tensor, sequence_length: 
     bad = (~rows.isfinite().view(rows.shape[0], -1).all(dim=-1)).nonzero()[0, 0]
     row, column = divmod(int(positions[bad]), sequence_length)
     raise TargetFailed(
-        f"the head gave non-finite supervision for row {row}, position {column}; nothing was sent. "
+        f"the head gave non-finite logits at row {row}, position {column} of input_ids (the "
+        f"supervision of position {column - 1}); nothing was sent. "
         "Look at this row, or serve the target in a wider dtype (--dtype bfloat16 or float32)"
     )

@@ -120,7 +120,10 @@ class TransformersTarget:
     def draft_head(self, draft_vocab: DraftVocab) -> tuple[HostTensors, LogitsTransform]:
         """Return the head's rows for a draft vocab, and what follows them; see `Target`."""
         if self._head is None or not self._head.is_plain_linear:
-            raise InvalidRequest("this target's head is no plain linear; `hidden` is not offered")
+            raise InvalidRequest(
+                "encoding 'hidden' needs a head that is a plain linear, which this target's is "
+                f"not; it offers {list(self._description.encodings)}"
+            )
         ids, _ = self._draft_vocab(draft_vocab)
         weight, bias = self._head.draft_rows(ids)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -182,10 +185,15 @@ class TransformersTarget:
     def _head_rows(self, head: RowsHead | None, result: ForwardResult) -> HeadRows:
         if head is None or result.head_input is None:
             logits = result.logits.flatten(0, 1)
-            return HeadRows(logits.__getitem__, None, LogitsTransform(), self._full_chunk_rows)
+            return HeadRows(
+                lambda positions: iter([(0, logits[positions])]),
+                None,
+                LogitsTransform(),
+                self._full_chunk_rows,
+            )
         head_input = result.head_input.flatten(0, 1)
         return HeadRows(
-            lambda positions: head.logits(head_input[positions]),
+            lambda positions: head.tiles(head_input[positions]),
             head_input.__getitem__,
             head.transform,
             head.chunk_rows,

@@ -110,6 +110,8 @@ def test_a_caller_may_overwrite_its_tensors_while_the_request_is_under_way(
         loss_mask=plain.loss_mask.to(mask_dtype),
     )
     kept = replace(inputs, **{name: getattr(inputs, name).clone()})
+    # While no forward runs: the target hooks the model it owns.
+    expected = expect(model, kept, draft_ids)
     backend = connect(serve(target), draft_ids, max_in_flight=1)
     handles = [backend.generate_batch_async(*inputs) for _ in range(2)]
     target.wait_until_entered()
@@ -118,7 +120,7 @@ def test_a_caller_may_overwrite_its_tensors_while_the_request_is_under_way(
     target.gate.set()
     for handle in handles:
         batch = handle.result(60)
-        matches(batch, expect(model, kept, draft_ids))
+        matches(batch, expected)
         same(batch.attention_mask, kept.attention_mask)
         same(batch.input_ids[:, :-1], kept.input_ids[:, 1:])
         same(batch.loss_mask[:, :-1], kept.loss_mask[:, 1:])
@@ -299,11 +301,11 @@ def test_something_else_at_the_url_is_said_to_be_no_server(
 
 
 def test_two_servers_share_the_load(
-    model: Any, gated: Any, serve: Any, connect: Any, inputs: Any, draft_ids: Any, expect: Any,
-    matches: Any,
+    model: Any, build_model: Any, gated: Any, serve: Any, connect: Any, inputs: Any,
+    draft_ids: Any, expect: Any, matches: Any,
 ) -> None:  # fmt: skip
     """While one forward runs on each, two requests are on their way."""
-    targets = [gated(model), gated(model)]
+    targets = [gated(build_model("llama")), gated(build_model("llama"))]  # one model a process
     transport = router(a=serve(targets[0]), b=serve(targets[1]))
     backend = connect(transport, draft_ids, urls=["http://a", "http://b"])
     handles = [backend.generate_batch_async(*inputs) for _ in range(4)]

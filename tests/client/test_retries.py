@@ -26,6 +26,7 @@ from eagle3_client import (
     TransportError,
     Unauthorized,
 )
+from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.protocol import SUPERVISION_PATH
 
 
@@ -106,6 +107,42 @@ def test_the_answer_to_another_request_is_not_taken(
     backend = connect(flaky(bridge, record, replay), draft_ids, exact=True)
     backend.generate_batch(*batch_of(131, seed=4))
     matches(backend.generate_batch(*inputs), expect(model, inputs, draft_ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"aux_hidden_states": torch.zeros(20, 144)},
+            r"states \[21, 144\].*got \[20, 144\]",
+        ),
+        ({"aux_hidden_states": torch.zeros(21, 144).double()}, "got .*float64"),
+        ({"position_mask": torch.zeros(5, dtype=torch.uint8)}, r"position_mask \[4\].*\[5\]"),
+        ({"target_probs": torch.zeros(1000, 8)}, r"target_probs \[\d+, 8\].*\[1000, 8\]"),
+        ({"target_probs": None}, "target_probs .*None"),
+        ({"rows": "all"}, "rows all, not position_mask"),
+    ],
+    ids=["fewer-aux-rows", "aux-dtype", "longer-mask", "more-rows", "no-rows", "other-rows"],
+)
+def test_an_answer_of_the_wrong_form_is_not_asked_for_again(
+    bridge: Any, flaky: Any, streamed: Any, connect: Any, inputs: Any, draft_ids: Any,
+    change: dict[str, Any], words: str,
+) -> None:  # fmt: skip
+    """Its checksums are right, so a repeat would bring the same."""
+
+    def wrong(request: httpx.Request, inner: httpx.BaseTransport) -> httpx.Response:
+        frame = decode(bytearray(inner.handle_request(request).read()))
+        fields = frame.fields | {k: v for k, v in change.items() if k in frame.fields}
+        tensors = {name: change.get(name, tensor) for name, tensor in frame.tensors.items()}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return streamed(encode(fields, kept).to_bytes())
+
+    transport = flaky(bridge, wrong, ...)
+    backend = connect(transport, draft_ids, retry_for_s=5)
+    with pytest.raises(ProtocolMismatch, match=f"not the one asked for: .*{words}") as caught:
+        backend.generate_batch(*inputs)
+    assert transport.attempts == caught.value.attempts == 1
+    assert caught.value.url == "http://target"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from eagle3_schemas import PROTOCOL_VERSION
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.messages import (
+    DraftHeadFields,
     DraftVocabInfo,
     Limits,
     Message,
@@ -42,6 +43,15 @@ SMALLEST: dict[type[Message], dict[str, Any]] = {
         "aux_layer_ids": [1, 2, 4],
         "encoding": "probs",
         "rows": "all",
+        "aux_dtype": "model",
+    },
+    DraftHeadFields: {
+        "fingerprint": "f" * 32,
+        "draft_vocab_digest": DIGEST,
+        "upcast": True,
+        "multiply": 0.0625,
+        "divide": None,
+        "softcap": 30.0,
     },
     Limits: LIMITS,
     DraftVocabInfo: {"digest": DIGEST, "draft_vocab_size": 11},
@@ -65,7 +75,8 @@ SMALLEST: dict[type[Message], dict[str, Any]] = {
         "aux_layer_ids": [1, 17, 32],
         "aux_layer_convention": "layer_output",
         "head": "full",
-        "encodings": ["probs"],
+        "head_reason": "no output embeddings",
+        "encodings": ["probs", "logits"],
         "limits": LIMITS,
     },
 }
@@ -75,8 +86,11 @@ WHOLE_REQUEST = {
     "aux_layer_ids": [0, 3, 1],
     "encoding": "hidden",
     "rows": "loss_mask",
+    "aux_dtype": "float8_e4m3",
     "exact": True,
 }
+# A server of this version sends these; a reader of this version does without.
+HAVE_A_DEFAULT = {(ModelInfo, "protocol_version"), (ModelInfo, "head_reason")}
 
 
 def refused(kind: type[Message], **changes: Any) -> str:
@@ -108,6 +122,7 @@ def test_a_request_of_today_needs_only_four_fields() -> None:
     message = parse(SupervisionRequest, SMALLEST[SupervisionRequest])
     assert (message.pad_token_id, message.aux_layer_ids) == (None, None)
     assert (message.encoding, message.rows, message.exact) == ("probs", "position_mask", False)
+    assert message.aux_dtype == "model"
 
 
 def test_model_info_states_the_protocol_version_by_itself() -> None:
@@ -134,7 +149,7 @@ def test_an_unknown_field_is_named(kind: type[Message]) -> None:
         (kind, name)
         for kind, fields in SMALLEST.items()
         for name in fields
-        if (kind, name) != (ModelInfo, "protocol_version")
+        if (kind, name) not in HAVE_A_DEFAULT
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -170,15 +185,25 @@ WRONG_TYPES = [
     (SupervisionRequest, "encoding", None),
     (SupervisionRequest, "encoding", 0),
     (SupervisionRequest, "rows", None),
+    (SupervisionRequest, "aux_dtype", None),
+    (SupervisionRequest, "aux_dtype", 8),
     (SupervisionRequest, "exact", 1),
     (SupervisionRequest, "exact", "true"),
     (SupervisionRequest, "exact", None),
     (SupervisionResponse, "aux_layer_ids", None),
     (SupervisionResponse, "fingerprint", 1),
+    (SupervisionResponse, "aux_dtype", None),
+    (DraftHeadFields, "fingerprint", None),
+    (DraftHeadFields, "upcast", 1),
+    (DraftHeadFields, "upcast", None),
+    (DraftHeadFields, "multiply", "0.0625"),
+    (DraftHeadFields, "divide", True),
+    (DraftHeadFields, "softcap", [30.0]),
     (DraftVocabInfo, "draft_vocab_size", True),
     (ModelInfo, "protocol_version", "1"),
     (ModelInfo, "hidden_size", True),
     (ModelInfo, "encodings", "probs"),
+    (ModelInfo, "head_reason", False),
     (ModelInfo, "limits", None),
     (ModelInfo, "limits", [1, 2, 3]),
 ]
@@ -212,7 +237,11 @@ OUT_OF_RANGE = [
     (SupervisionRequest, "aux_layer_ids", [0] * 257),
     (SupervisionRequest, "encoding", "topk"),
     (SupervisionRequest, "rows", "some"),
+    (SupervisionRequest, "aux_dtype", "float8"),
+    (SupervisionRequest, "aux_dtype", "bfloat16"),
     (SupervisionResponse, "encoding", "PROBS"),
+    (SupervisionResponse, "aux_dtype", ""),
+    (DraftHeadFields, "draft_vocab_digest", DIGEST[1:]),
     (DraftVocabInfo, "draft_vocab_size", -1),
     (Limits, "max_body_bytes", -1),
     (Limits, "max_body_bytes", (1 << 40) + 1),
@@ -236,6 +265,8 @@ EDGES = [
     ("aux_layer_ids", []),
     ("rows", "loss_mask"),
     ("encoding", "logits"),
+    ("encoding", "hidden"),
+    ("aux_dtype", "float8_e4m3"),
 ]
 
 

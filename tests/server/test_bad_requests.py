@@ -232,8 +232,9 @@ def bits(count: int) -> Tensor:
         (frame_of(sequence_length="9"), "sequence_length"),
         (frame_of(draft_vocab_digest="short"), "draft_vocab_digest"),
         (frame_of(request_id="no spaces"), "request_id"),
-        (frame_of(encoding="topk"), "encoding"),
-        (frame_of(encoding="hidden"), r"encoding must be one of \['probs'\]"),
+        (frame_of(encoding="topk"), "encoding: .*'probs', 'logits' or 'hidden'"),
+        (frame_of(aux_dtype="float8"), "aux_dtype: .*'model' or 'float8_e4m3'"),
+        (frame_of(aux_dtype="float8_e4m3", exact=True), "exact=True forbids aux_dtype 'float8"),
         (frame_of(rows="some"), "rows"),
         (frame_of(aux_layer_ids=[0, 1, True]), "aux_layer_ids"),
         (frame_of(surprise=1), "surprise"),
@@ -453,8 +454,8 @@ def test_non_finite_aux_states_name_their_layer_and_row(
     build_model: Any, serve: Any, connect: Any, batch_of: Any, value: float
 ) -> None:
     model = build_model("llama")
-    model.model.layers[2].register_forward_hook(poison(1, 4, value))
     backend = connect(serve(model), DRAFT_IDS)
+    model.model.layers[2].register_forward_hook(poison(1, 4, value))
     with pytest.raises(TargetFailed, match=r"layer 2 gave non-finite.*row 1, position 4"):
         backend.generate_batch(*batch_of(VOCAB_SIZE))
     backend.generate_batch(*batch_of(VOCAB_SIZE, (4, 4)))
@@ -464,32 +465,74 @@ def test_non_finite_states_of_padding_are_nobodys_business(
     build_model: Any, serve: Any, connect: Any, batch_of: Any
 ) -> None:
     model = build_model("llama")
-    model.model.layers[6].register_forward_hook(poison(1, 9, float("nan")))
     backend = connect(serve(model), DRAFT_IDS, aux_layer_ids=(1, 2, 6))
+    model.model.layers[6].register_forward_hook(poison(1, 9, float("nan")))
     batch = backend.generate_batch(*batch_of(VOCAB_SIZE, (10, 7)))
     assert batch.aux_hidden_states.isfinite().all()
     assert batch.target_probs.isfinite().all()
 
 
-@pytest.mark.parametrize("token_id", [0, 90], ids=["outside-the-draft-vocab", "in-the-draft-vocab"])
+def spoil(model: Any, token_id: int, value: float) -> None:
+    """Make the model give `value` as the logit of one id wherever `mark` is called for.
+
+    There, and only there, products overflow: to inf, -inf, or inf - inf.
+    """
+    with torch.no_grad():
+        model.lm_head.weight[token_id, :2] = torch.tensor(
+            {"inf": [1e30, 0.0], "-inf": [-1e30, 0.0], "nan": [1e30, -1e30]}[str(value)]
+        )
+
+
+def mark(row: int, position: int) -> Callable[[Any, Any, Tensor], Tensor]:
+    """A hook on the final norm; only once the target is loaded, which refuses such a probe."""
+
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[row, position, :2] = 1e30
+        return output
+
+    return hook
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["", "exact"])
+@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("token_id", [0, 90, 128], ids=["outside", "in-the-draft-vocab", "high"])
 def test_non_finite_supervision_names_its_row(
-    build_model: Any, serve: Any, connect: Any, batch_of: Any, token_id: int
-) -> None:
-    """Also when the bad logit is not of the draft vocab: the row must not look unsupervised."""
+    build_model: Any, serve: Any, connect: Any, batch_of: Any, token_id: int, value: float,
+    encoding: str, exact: bool,
+) -> None:  # fmt: skip
+    """Also when the bad logit is not of the draft vocab: the row must not look unsupervised.
+
+    The position named is that of input_ids, as for aux states: one after the one it supervises.
+    """
     model, draft_ids = build_model("llama"), torch.tensor([90, 5])
-
-    def hook(_module: Any, _inputs: Any, logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        logits[1:2, 4:5, token_id] = float("nan")
-        return logits
-
-    model.lm_head.register_forward_hook(hook)
-    backend, inputs = connect(serve(model), draft_ids), batch_of(VOCAB_SIZE)
+    spoil(model, token_id, value)
+    bridge = serve(model)
+    model.model.norm.register_forward_hook(mark(1, 4))
+    backend = connect(bridge, draft_ids, encoding=encoding, exact=exact)
+    assert backend.model_info().head == "rows"
+    inputs = batch_of(VOCAB_SIZE)
     inputs.loss_mask[:] = inputs.attention_mask
-    with pytest.raises(TargetFailed, match=r"non-finite.*row 1, position 3"):
+    with pytest.raises(TargetFailed, match=r"non-finite.*row 1, position 4 of input_ids"):
         backend.generate_batch(*inputs)
     inputs.loss_mask[1, 4] = 0
-    assert connect(serve(model), draft_ids).generate_batch(*inputs).target_probs.isfinite().all()
+    assert backend.generate_batch(*inputs).target_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("encoding", ["probs", "logits"])
+def test_non_finite_draft_logits_are_found_below_a_finite_top_logit(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any, encoding: str
+) -> None:
+    model, inputs = build_model("llama"), batch_of(VOCAB_SIZE)
+    spoil(model, 5, -float("inf"))
+    bridge = serve(model)
+    model.model.norm.register_forward_hook(mark(0, 3))
+    backend = connect(bridge, DRAFT_IDS, rows="loss_mask", encoding=encoding)
+    assert backend.model_info().head == "rows"
+    inputs.loss_mask[:] = inputs.attention_mask
+    with pytest.raises(TargetFailed, match="non-finite logits at row 0, position 3 of input_ids"):
+        backend.generate_batch(*inputs)
 
 
 def test_every_error_of_the_client_has_one_root() -> None:

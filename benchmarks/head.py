@@ -1,0 +1,267 @@
+"""The rows-only head: memory, time and bytes against the full-logits path and DESIGN's targets.
+
+Run as ``python benchmarks/head.py``; about ten minutes on two idle cores. With nemo-automodel 0.7.0
+installed (``make test-all`` does that) the co-located path is the peer's own code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from common import (
+    RESULTS,
+    caption,
+    hardware,
+    interleaved,
+    markdown_table,
+    provenance,
+    ratio,
+    served,
+    write_json,
+)
+from head_memory import peak_mib
+from head_model import (
+    AUX_LAYER_IDS,
+    ModelShape,
+    colocated,
+    colocated_name,
+    covering_vocab,
+    make_batch,
+    make_model,
+)
+from text import TokenBatch
+from torch import Tensor
+
+from eagle3_client import RemoteEagle3Backend
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.exchange import TokenBatch as WireBatch
+from eagle3_schemas.exchange import pack_request
+from eagle3_schemas.frame import decode, encode
+from eagle3_schemas.messages import SupervisionResponse
+from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, SUPERVISION_PATH
+from eagle3_schemas.supervision import pack_bits
+from eagle3_server import TransformersTarget
+
+REAL = 0.27
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of DESIGN section 9."""
+
+    what: str
+    at_most: float
+    unit: str = ""
+
+    def row(self, value: float, spread: str = "") -> list[str]:
+        """Return a table row with the verdict."""
+        verdict = "met" if value <= self.at_most else "**missed**"
+        digits = ",.0f" if self.unit else ".2f"
+        shown = f"{value:{digits}}{self.unit}{spread}"
+        return [self.what, shown, f"≤ {self.at_most:{digits}}{self.unit}", verdict]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    ModelShape.add_to(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--length", type=int, default=512, help="T of all but the growth")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["memory", "time", "bytes"])
+    parser.add_argument("--results", type=Path, default=RESULTS / "head.json")
+    arguments = parser.parse_args(argv)
+    names = vars(ModelShape()).keys()
+    shape = ModelShape(**{name: getattr(arguments, name) for name in names})
+    words = sys.argv[1:] if argv is None else argv
+    results: dict[str, Any] = {"provenance": provenance("head.py", words)}
+    results["colocated"] = colocated_name()
+    tables = [f"{hardware()}; co-located path: {results['colocated']}."]
+    rows: list[list[str]] = []
+    parts: dict[str, Callable[..., list[list[str]]]] = {
+        "memory": memory,
+        "time": times,
+        "bytes": sizes,
+    }
+    for part in arguments.parts:
+        rows += parts[part](shape, arguments, results, tables)
+    tables.append(markdown_table(["what", "measured", "target", ""], rows))
+    text = "\n\n".join([caption(results["provenance"]), *tables])
+    print(text)
+    write_json(arguments.results, results)
+    arguments.results.with_suffix(".md").write_text(f"# Rows-only head\n\n{text}\n", "utf-8")
+    return 0
+
+
+def memory(
+    shape: ModelShape, arguments: argparse.Namespace, results: dict[str, Any], tables: list[str]
+) -> list[list[str]]:
+    """Peak MiB above weights, each in a fresh process."""
+    lengths = sorted({*arguments.lengths, arguments.length})
+    cases = [("served", "hidden", t, "float32") for t in lengths]
+    cases += [("head", "hidden", t, "float32") for t in lengths]
+    cases += [("colocated", "hidden", t, "float32") for t in lengths]
+    at = arguments.length
+    cases += [("backbone", "hidden", at, "float32")]
+    cases += [("served", encoding, at, "float32") for encoding in ("logits", "probs")]
+    cases += [(path, "hidden", at, "bfloat16") for path in ("served", "head", "colocated")]
+    peaks = {case: peak_mib(shape.arguments(), *case) for case in cases}
+    results["peak_mib"] = [
+        dict(zip(("path", "encoding", "T", "dtype", "peak_mib"), (*case, peak), strict=True))
+        for case, peak in peaks.items()
+    ]
+    lines = [
+        [path, encoding if path in ("served", "head") else "-", dtype, str(length), f"{peak:,.0f}"]
+        for (path, encoding, length, dtype), peak in peaks.items()
+    ]
+    tables.append(
+        f"Peak memory above weights, B {shape.batch_size}, H {shape.hidden_size}, "
+        f"{shape.layers} layers, V {shape.vocab_size}, D {shape.draft_vocab_size}, "
+        f"{shape.supervised:.0%} supervised; `head` is the head alone, its output included:\n\n"
+        + markdown_table(["path", "encoding", "dtype", "T", "MiB"], lines)
+    )
+    target = Target(f"peak above weights, T {at}, `hidden`, float32", 180, " MiB")
+    return [target.row(peaks["served", "hidden", at, "float32"])]
+
+
+def times(
+    shape: ModelShape, arguments: argparse.Namespace, results: dict[str, Any], tables: list[str]
+) -> list[list[str]]:
+    """Ratios of interleaved times on one model in this process."""
+    model = make_model(shape, torch.float32)
+    batch = make_batch(shape, arguments.length)
+    padded = make_batch(shape, arguments.length, REAL)
+    target = TransformersTarget(model, model_id="random", aux_layer_ids=AUX_LAYER_IDS)
+    assert target.describe().head == "rows", target.describe().head_reason
+    head = model.get_output_embeddings()
+    rows = batch.loss_mask.clone()
+    rows[:, 0] = 0
+    count = int(rows.sum())
+    logits = torch.zeros(count, shape.vocab_size)  # touched: the floor pays for no page faults
+
+    def bare() -> Tensor:
+        with torch.no_grad():
+            states = model.get_decoder()(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state[rows.bool()]
+            return torch.mm(states, head.weight.T, out=logits)
+
+    vocab = covering_vocab(shape, bare().argmax(-1))
+    with served(target) as url, httpx.Client(trust_env=False, timeout=600) as http:
+        options: dict[str, Any] = {"retry_for_s": 5, "timeout_s": 600, "encoding": "hidden"}
+        with RemoteEagle3Backend(url, **options) as backend:
+            backend.set_vocab_mapping(*vocab)
+
+            def post(some: TokenBatch, encoding: str = "hidden", exact: bool = False) -> bytes:
+                wire = WireBatch(some[0], some[1].bool(), some[2].bool())
+                digest = DraftVocab.from_ids(vocab[0]).digest
+                fields = {"request_id": "bench", "draft_vocab_digest": digest}
+                _, frame = pack_request(wire, encoding=encoding, exact=exact, **fields)
+                body, kind = b"".join(frame.parts), {"content-type": FRAME_MEDIA_TYPE}
+                return http.post(url + SUPERVISION_PATH, content=body, headers=kind).content
+
+            answer = decode(bytearray(post(batch))).tensors["head_input"]
+            assert answer.shape[0] == count, "every supervised row must be sent"
+            full = colocated(model, vocab)
+            seconds = interleaved(
+                {
+                    "bare: backbone + one matmul over the supervised rows": bare,
+                    "served, hidden": lambda: post(batch),
+                    "served, logits": lambda: post(batch, "logits"),
+                    "served, probs": lambda: post(batch, "probs"),
+                    "served, hidden, rebuilt on this CPU": lambda: backend.generate_batch(*batch),
+                    "co-located": lambda: full(batch),
+                    f"served, hidden, {REAL:.0%} real tokens, not trimmed": lambda: post(
+                        padded, exact=True
+                    ),
+                    f"served, hidden, {REAL:.0%} real tokens, trimmed": lambda: post(padded),
+                },
+                arguments.rounds,
+            )
+    results["seconds"] = seconds
+    bare_name, *served_names, full_name, untrimmed, trimmed = seconds
+    lines = [
+        [
+            name,
+            f"{sorted(values)[len(values) // 2]:.2f}",
+            f"{min(values):.2f}-{max(values):.2f}",
+            spread(ratio(seconds, name, bare_name)),
+            spread(ratio(seconds, name, full_name)),
+        ]
+        for name, values in seconds.items()
+    ]
+    tables.append(
+        f"Time, float32, T {arguments.length}, {arguments.rounds} interleaved rounds, median "
+        "(range); every supervised row is in the draft vocab:\n\n"
+        + markdown_table(["what", "s", "range", "/ bare", "/ co-located"], lines)
+    )
+    wanted = [
+        (Target("served, `hidden` / bare", 1.08), served_names[0], bare_name),
+        (Target("served, `hidden` / co-located", 0.65), served_names[0], full_name),
+        (Target("27 % real tokens: trimmed / not", 0.33), trimmed, untrimmed),
+    ]
+    ratios = {target.what: ratio(seconds, above, below) for target, above, below in wanted}
+    results["ratios"] = ratios
+    return [
+        target.row(ratios[target.what]["median"], spread(ratios[target.what], median=False))
+        for target, _, _ in wanted
+    ]
+
+
+def spread(values: dict[str, float], *, median: bool = True) -> str:
+    shown = f" ({values['min']:.2f}-{values['max']:.2f})"
+    return f"{values['median']:.2f}{shown}" if median else shown
+
+
+def sizes(
+    shape: ModelShape, arguments: argparse.Namespace, results: dict[str, Any], tables: list[str]
+) -> list[list[str]]:
+    """Bytes per token of real frames of the right shapes, every supervised row sent."""
+    targets = {
+        ("8B", 4096, 32000): Target("bytes/token, `hidden`, 8B (H 4096, D 32000)", 29_500, " B"),
+        ("SmolLM2", 576, 12288): Target("bytes/token, `hidden`, SmolLM2 (D 12288)", 4_200, " B"),
+    }
+    lines, rows = [], []
+    tokens = shape.batch_size * arguments.length
+    count = round(shape.supervised * tokens)
+    for (name, hidden, draft), target in targets.items():
+        widths = {"hidden": (hidden, 2), "logits": (draft, 2), "probs": (draft, 4)}
+        for encoding, (width, itemsize) in widths.items():
+            dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+            tensors = {
+                "aux_hidden_states": torch.zeros(tokens, 3 * hidden, dtype=torch.bfloat16),
+                "position_mask": pack_bits(torch.ones(tokens, dtype=torch.bool)),
+                "rows": torch.zeros(count, width, dtype=dtype),
+            }
+            fields = SupervisionResponse(
+                request_id="0" * 32,
+                fingerprint="0" * 16,
+                draft_vocab_digest="0" * 64,
+                aux_layer_ids=(1, 15, 28),
+                encoding=encoding,
+                rows="position_mask",
+                aux_dtype="model",
+            )
+            nbytes = encode(fields.model_dump(), tensors).nbytes / tokens
+            lines.append([name, encoding, f"{nbytes:,.0f}"])
+            if encoding == "hidden":
+                rows.append(target.row(nbytes))
+    results["bytes_per_token"] = lines
+    tables.append(
+        f"Bytes per token of a bf16 target's frame, {tokens} tokens, {shape.supervised:.0%} "
+        "supervised and all of these in the draft vocab:\n\n"
+        + markdown_table(["target", "encoding", "bytes/token"], lines)
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""One family in one dtype: the target under test, and the full path computed independently.
+
+The full path is the model's own forward on a copy of the model (same seed, other memory), with
+everything that follows spelt out position by position from DESIGN section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from tests.families.configs import SEED, Family, L, V
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.draft_head import DraftHead
+from eagle3_schemas.encodings import ENCODINGS
+from eagle3_schemas.supervision import unpack_bits
+from eagle3_server.engine import SupervisionJob
+from eagle3_server.transformers_target import TransformersTarget
+
+B, T, D = 3, 77, 127
+LENGTHS = (58, 13, 35)  # the last 19 columns are padding in every row
+LAYER_SETS = ((1, 2, 4), (L - 1, 0, 3))  # every layer, the last one too, and not in order
+
+
+def draft_vocab() -> DraftVocab:
+    ids = torch.randperm(V, generator=torch.Generator().manual_seed(SEED))[:D]
+    return DraftVocab.from_ids(ids)
+
+
+def make_job(
+    *, left_padded: bool = False, encoding: str = "probs", **fields: Any
+) -> SupervisionJob:
+    generator = torch.Generator().manual_seed(SEED)
+    input_ids = torch.randint(3, 200, (B, T), generator=generator)
+    attention_mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    loss_mask = (torch.rand(B, T, generator=generator) < 0.8) & attention_mask
+    loss_mask[1, LENGTHS[1] + 2] = True  # supervised but not attended
+    if left_padded:
+        attention_mask, loss_mask = attention_mask.flip(1), loss_mask.flip(1)
+    loss_mask[:, 0] = True  # never supervised: no position precedes it
+    input_ids[~attention_mask] = 2
+    job = SupervisionJob(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        loss_mask=loss_mask,
+        aux_layer_ids=LAYER_SETS[0],
+        draft_vocab=draft_vocab(),
+        encoding=encoding,  # type: ignore[arg-type]
+        rows="position_mask",
+        aux_dtype="model",
+        exact=True,
+    )
+    return replace(job, **fields)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The full path's answer to a job."""
+
+    logits: torch.Tensor  # [B, T, V], unshifted
+    hidden_states: tuple[torch.Tensor, ...]  # of the model's own output
+    layer_outputs: list[torch.Tensor]  # [B, T, H], as the module after each layer receives them
+
+    def target(self, job: SupervisionJob) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return probs [B, T, D], position_mask [B, T] and shifted loss mask, per position."""
+        ids = job.draft_vocab.selected_token_ids
+        selected = set(ids.tolist())
+        probs = torch.zeros(B, T, D)
+        position_mask = torch.zeros(B, T, dtype=torch.bool)
+        shifted = torch.zeros(B, T, dtype=torch.bool)
+        for b in range(B):
+            for t in range(T - 1):  # the last column's loss mask is 0
+                shifted[b, t] = job.loss_mask[b, t + 1]
+                row = self.logits[b, t + 1]
+                values = row.tolist()
+                argmax = values.index(max(values))  # ties: the lowest id
+                position_mask[b, t] = argmax in selected and bool(shifted[b, t])
+                probs[b, t] = torch.softmax(row[ids].float(), dim=-1)
+        return probs, position_mask, shifted
+
+    def aux(self, layer_ids: tuple[int, ...]) -> torch.Tensor:
+        return torch.cat([self.layer_outputs[i] for i in layer_ids], dim=-1)
+
+
+def run_full_path(model: nn.Module, family: Family, job: SupervisionJob) -> Expected:
+    """Run the model's own forward, recording what the module after each decoder layer receives."""
+    layers = list(model.get_submodule(family.layers).children())
+    followers = [*layers[1:], model.get_submodule(family.norm)]
+    received: dict[int, torch.Tensor] = {}
+    handles = []
+    for index, follower in enumerate(followers):
+
+        def keep(_module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+            received[index] = args[0] if args else kwargs["hidden_states"]
+
+        handles.append(follower.register_forward_pre_hook(keep, with_kwargs=True))
+    with torch.no_grad():
+        output = model(
+            input_ids=job.input_ids,
+            attention_mask=job.attention_mask.long(),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    for handle in handles:
+        handle.remove()
+    assert sorted(received) == list(range(L))
+    return Expected(output.logits, output.hidden_states, [received[i] for i in range(L)])
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """One matmul with the head's weight, or a part of it."""
+
+    shape: torch.Size  # of what it was applied to, without H
+    ids: int  # how many of the head's ids it gave
+
+    @property
+    def rows(self) -> int:
+        return self.shape.numel()
+
+
+class HeadCalls(TorchFunctionMode):
+    """Records what the head is applied to, by its module or by functions of its weight alike."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.storage = head.weight.untyped_storage().data_ptr()  # type: ignore[operator]
+        self.calls: list[HeadCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            states, weight = args[0], args[1]
+            if weight.untyped_storage().data_ptr() == self.storage:
+                self.calls.append(HeadCall(states.shape[:-1], weight.shape[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def columns_seen(embeddings: nn.Module) -> Iterator[list[int]]:
+    """Record how many columns of ids each forward embeds."""
+    seen: list[int] = []
+
+    def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        seen.append(args[0].shape[1])
+
+    handle = embeddings.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Got:
+    """A target's answer, decoded as a trainer does."""
+
+    aux: torch.Tensor  # [n, 3H], attended positions in row order
+    position_mask: torch.Tensor  # [B, T]
+    probs: torch.Tensor  # [m, D]
+    columns: int  # that the forward ran on
+    head_calls: list[HeadCall]
+
+
+class Case:
+    """One family in one dtype; what is computed once is kept."""
+
+    def __init__(self, family: Family, dtype: torch.dtype) -> None:
+        self.family, self.dtype = family, dtype
+        self.model = family.build(dtype)
+        self.target = TransformersTarget(self.model, model_id="tiny")
+        self.description = self.target.describe()
+
+    @cached_property
+    def oracle(self) -> nn.Module:
+        """A copy in memory of its own, on which no code under test ever ran."""
+        return self.family.build(self.dtype)
+
+    @cached_property
+    def transform(self) -> Any:
+        return self.target.draft_head(draft_vocab())[1]
+
+    def expected(self, job: SupervisionJob) -> Expected:
+        return run_full_path(self.oracle, self.family, job)
+
+    def run(self, job: SupervisionJob, target: TransformersTarget | None = None) -> Got:
+        target = target or self.target
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        with HeadCalls(head) as head_calls, columns_seen(embeddings) as columns:
+            tensors = target.supervise(job).tensors
+        encoding = ENCODINGS[job.encoding]
+        draft_head = None
+        if encoding.needs_draft_head:
+            parts, transform = target.draft_head(job.draft_vocab)
+            draft_head = DraftHead.build(
+                parts.tensors["weight"], parts.tensors.get("bias"), transform
+            )
+        return Got(
+            aux=tensors["aux_hidden_states"],
+            position_mask=unpack_bits(tensors["position_mask"], (B, T)),
+            probs=encoding.decode(tensors[encoding.tensor_name], draft_head),
+            columns=columns[0],
+            head_calls=head_calls.calls,
+        )
+
+    # --- what the tests assert and the table reports ---
+
+    def check_head(self) -> None:
+        """The rows-only path was found, with the transform the family is known to have."""
+        assert self.description.head == "rows", self.description.head_reason
+        expected = {"upcast": False, "multiply": None, "divide": None, "softcap": None}
+        expected |= self.family.transform
+        if self.dtype is torch.float32:
+            expected["upcast"] = False
+        assert vars(self.transform) == expected
+        assert "hidden" in self.description.encodings
+
+    def check_supervision(
+        self, job: SupervisionJob, target: TransformersTarget | None = None
+    ) -> Got:
+        """Decoded probs and the mask, bit for bit, from a head that ran for rows alone."""
+        probs, position_mask, shifted = self.expected(job).target(job)
+        is_spread = 8 < int(position_mask.sum()) < int(shifted.sum()) - 8
+        assert is_spread, "degenerate logits would prove nothing"
+        assert (probs[position_mask].amax(-1) > 1.1 / D).all(), "uniform probs would prove nothing"
+        mask = position_mask if job.rows == "position_mask" else shifted
+        got = self.run(job, target)
+        equal(got.position_mask, position_mask)
+        equal(got.probs, probs[mask])
+        if self.description.head == "rows":
+            cut, *rest = got.head_calls
+            assert cut == HeadCall(torch.Size((B, 1)), V), "the forward gives one row of logits"
+            needed = int(shifted.sum())
+            work = sum(call.rows * call.ids for call in rest)
+            # Every needed row meets every id once; chunks may end in rows of padding.
+            assert needed * V <= work < (needed + 16) * V < B * T * V
+        return got
+
+    def check_chunks(self, job: SupervisionJob) -> None:
+        """Chunks of 16 rows and one chunk for all give the same bits, those of the full path."""
+        small = TransformersTarget(self.model, model_id="tiny", head_chunk_bytes=1)
+        got, whole = self.check_supervision(job, small), self.check_supervision(job)
+        equal(got.probs, whole.probs)
+        if self.description.head == "rows":
+            needed = int(job.loss_mask[:, 1:].sum())
+            assert needed % 16, "a last chunk that is full would show less"
+            rounded = -(-needed // 16) * 16
+            assert whole.head_calls[1:] == [HeadCall(torch.Size((rounded,)), V)]
+            assert {call.rows for call in got.head_calls[1:]} == {16}
+
+    def check_exact(self) -> None:
+        """All that `exact=True` promises, on right- and left-padded batches."""
+        for encoding in self.description.encodings:
+            self.check_supervision(make_job(encoding=encoding))
+        self.check_supervision(make_job(left_padded=True))
+        self.check_chunks(make_job(encoding="logits", rows="loss_mask"))
+        for left_padded in (False, True):
+            self.check_aux(make_job(left_padded=left_padded))
+
+    def check_aux(self, job: SupervisionJob) -> None:
+        """The layers' outputs, bit for bit, by two routes that share nothing with the hooks."""
+        expected = self.expected(job)
+        attended = job.attention_mask
+        for layer_ids in LAYER_SETS:
+            got = self.run(replace(job, aux_layer_ids=layer_ids))
+            equal(got.aux, expected.aux(layer_ids)[attended])
+            for i, states in zip(layer_ids, got.aux.chunk(3, -1), strict=True):
+                if i < L - 1:
+                    own = expected.hidden_states[i + self.family.hidden_states_offset]
+                    equal(states, own[attended])
+        outputs = [states[attended] for states in expected.layer_outputs]
+        for i in range(L):
+            for j in range(i):
+                assert not torch.equal(outputs[i], outputs[j]), "equal layers would prove nothing"
+
+    def default_difference(self, job: SupervisionJob) -> Difference:
+        """How far the default mode (trimmed) is from the full path on the padded batch."""
+        expected = self.expected(job)
+        probs, position_mask, shifted = expected.target(job)
+        got = self.run(replace(job, exact=False, rows="loss_mask"))
+        assert got.columns == max(LENGTHS) < T, "nothing was trimmed"
+        assert self.run(job).columns == T, "exact must not trim"
+        aux = expected.aux(job.aux_layer_ids)[job.attention_mask]
+        scale = aux.float().square().mean().sqrt()
+        return Difference(
+            probs=_largest(got.probs - probs[shifted]),
+            aux=_largest(got.aux.float() - aux.float()) / float(scale),
+            masks=int((got.position_mask ^ position_mask).sum()),
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences of the default mode from the full path."""
+
+    probs: float  # absolute
+    aux: float  # relative to the aux states' root mean square
+    masks: int  # positions whose position_mask differs
+
+
+def equal(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def _largest(difference: torch.Tensor) -> float:
+    return float(difference.abs().max()) if difference.numel() else 0.0
