@@ -232,10 +232,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="another target's checkpoint directory, with its tokenizer")
-    add("--steps", type=int, default=60, help="training steps")
+    add("--steps", type=int, default=48, help="training steps")
     add("--batch-size", type=int, default=2, help="sequences per step")
     add("--sequence-length", type=int, default=128, help="tokens per sequence")
-    add("--held-out-batches", type=int, default=16)
+    add("--held-out-batches", type=int, default=12)
     add("--draft-vocab-size", type=int, default=4096)
     add("--ttt-steps", type=int, default=3, help="tokens drafted in a row while training")
     add("--learning-rate", type=float, default=2e-3)
