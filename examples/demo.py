@@ -23,8 +23,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
 from demo_report import DemoReport
 from draft_vocab import build_draft_vocab, count_tokens
+from eagle3_client import RemoteEagle3Backend
+from eagle3_schemas import Eagle3TargetBackend
+from eagle3_server import HFEagle3TargetModel
 from served_target import served_target
 from smollm2 import smollm2_checkpoint
 from text import (
@@ -36,14 +43,7 @@ from text import (
     module_documents,
     tokenize,
 )
-from torch import Tensor
 from training import Eagle3Trainer, Metrics, evaluate, make_trainer, supervise, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
-
-from eagle3_client import RemoteEagle3Backend
-from eagle3_schemas import Eagle3TargetBackend
-from eagle3_server import HFEagle3TargetModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
