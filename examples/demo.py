@@ -23,8 +23,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
 from demo_report import DemoReport
 from draft_vocab import build_draft_vocab, count_tokens
+from eagle3_client import RemoteEagle3Backend
+from eagle3_schemas import Eagle3TargetBackend
+from eagle3_server import HFEagle3TargetModel
 from served_target import served_target
 from smollm2 import smollm2_checkpoint
 from text import (
@@ -36,14 +43,7 @@ from text import (
     module_documents,
     tokenize,
 )
-from torch import Tensor
 from training import Eagle3Trainer, Metrics, evaluate, make_trainer, supervise, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
-
-from eagle3_client import RemoteEagle3Backend
-from eagle3_schemas import Eagle3TargetBackend
-from eagle3_server import HFEagle3TargetModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -232,10 +232,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, help="another target's checkpoint directory, with its tokenizer")
-    add("--steps", type=int, default=60, help="training steps")
+    add("--steps", type=int, default=48, help="training steps")
     add("--batch-size", type=int, default=2, help="sequences per step")
     add("--sequence-length", type=int, default=128, help="tokens per sequence")
-    add("--held-out-batches", type=int, default=16)
+    add("--held-out-batches", type=int, default=12)
     add("--draft-vocab-size", type=int, default=4096)
     add("--ttt-steps", type=int, default=3, help="tokens drafted in a row while training")
     add("--learning-rate", type=float, default=2e-3)

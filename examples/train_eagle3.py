@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
 from draft_vocab import build_draft_vocab, count_tokens
 from text import TokenBatch, chunk, make_batches, tokenize
 from training import Metrics, make_trainer, supervise, train

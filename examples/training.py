@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from draft import DraftConfig, Eagle3Draft, StepCache
-from text import TokenBatch
 from torch import Tensor, nn
 
+from draft import DraftConfig, Eagle3Draft, StepCache
 from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch, shift_left_with_zero
+from text import TokenBatch
 
 STEP_WEIGHT = 0.8
 """Each test-time-training step counts this much of the step before, as in the public trainers."""

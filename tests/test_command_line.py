@@ -181,7 +181,11 @@ def test_version_and_help_are_answered(arguments: list[str], words: str) -> None
     ids=["unknown-variable", "wide-bind", "wide-bind-empty-token", "port", "dtype", "layers"],
 )
 def test_settings_that_must_not_be_served_are_refused_in_words(
-    arguments: list[str], variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    variables: dict[str, str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """In this process: they are refused before anything is loaded or bound."""
     from typer.testing import CliRunner
@@ -190,7 +194,7 @@ def test_settings_that_must_not_be_served_are_refused_in_words(
 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    result = CliRunner().invoke(app, ["serve", "some/model", *arguments])
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "absent"), *arguments])
     assert result.exit_code == 2
     assert words in result.stderr
 

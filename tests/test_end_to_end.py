@@ -397,10 +397,13 @@ def test_a_caller_may_overwrite_its_mapping_afterwards(
 ) -> None:  # fmt: skip
     draft_ids, inputs = frequency_ordered(131, 53), batch_of(131)
     ids, mask = mapping(draft_ids.clone(), 131)
-    backend = connect(serve(llama))
+    bridge = serve(llama)
+    backend = connect(bridge)
     backend.set_vocab_mapping(ids, mask)
     ids.zero_()
     mask.zero_()
+    matches(backend.generate_batch(*inputs), expect(llama, inputs, draft_ids))
+    bridge.app_client = serve(llama).app_client  # it must be told the mapping once more
     matches(backend.generate_batch(*inputs), expect(llama, inputs, draft_ids))
 
 

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 import httpx
 import torch
@@ -46,8 +45,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         aux_layer_ids: three layers to capture (layer outputs); None takes the server's default.
         encoding: how supervision rows travel: `probs`, `logits`, `hidden`; `auto` chooses.
         aux_dtype: `float8_e4m3` sends aux states in fp8 (lossy); `model` as they are.
-        exact: bit-for-bit equality with a co-located target (DESIGN: equal shapes, threads, dtype,
-            attention, torch build and device model).
+        exact: bit-for-bit equality with a co-located target of equal shapes, threads and builds.
         output_dtype: cast of `aux_hidden_states` after transfer, for a draft of another dtype.
         rows: rows of `target_probs` sent: `position_mask`, `loss_mask` (P-EAGLE) or `all`.
         timeout_s: seconds without a byte before an attempt is given up and repeated.
@@ -141,12 +139,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         """Return the backend itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Close the backend."""
         self.close()
 
@@ -180,8 +173,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             timeout: seconds to wait; None waits `retry_for_s`.
 
         Raises:
-            NotReady, TransportError: not ready in time; the message has the last reason.
-            RemoteEagle3Error: an answer that waiting does not change.
+            RemoteEagle3Error: not ready in time, with the last reason; or waiting does not help.
         """
         deadline = time.monotonic() + (self._settings.retry_for_s if timeout is None else timeout)
         for connection in self._fleet.connections:
@@ -189,18 +181,14 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             remaining.call(connection.check_ready, f"waiting for {connection.url}")
 
     def get_input_embeddings(self) -> TargetEmbeddings:
-        """Download the target's input embeddings once, and keep them on the device.
-
-        Raises:
-            FingerprintMismatch: the server came back with another target.
-        """
+        """Download the target's input embeddings once, and keep them on the device."""
         with self._lock:
             if self._embeddings is None:
                 connection = self._fleet.connections[0]
                 frame = self._retrier.call(connection.input_embeddings, "input embeddings")
                 self._fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
-                weight = frame.tensors["weight"].to(self._settings.device)
-                self._embeddings = TargetEmbeddings(weight)
+                weight = frame.tensors["weight"]
+                self._embeddings = TargetEmbeddings(weight.to(self._settings.device))
             return self._embeddings
 
     def set_vocab_mapping(
@@ -301,8 +289,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
                 "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; "
                 "send one document per row"
             )
-        vocab = self._draft_vocab
-        if vocab is None:
+        if (vocab := self._draft_vocab) is None:
             raise VocabMappingMissing("no draft vocab is set; call set_vocab_mapping first")
         return Submission.build(
             self._settings, self.model_info(), vocab, input_ids, attention_mask, loss_mask

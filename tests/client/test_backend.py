@@ -319,6 +319,32 @@ def test_two_servers_share_the_load(
         target.wait_until_entered()  # two each
 
 
+def test_a_busy_server_is_passed_over(
+    model: Any, gated: Any, serve: Any, connect: Any, inputs: Any, draft_ids: Any
+) -> None:
+    """Taking turns alone would queue every second batch behind a forward that takes long."""
+    targets = {"a": gated(model), "b": gated(model)}
+    targets["b"].entered = targets["a"].entered
+    bridges = {host: serve(target) for host, target in targets.items()}
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            asked.append(request.url.host)
+        return bridges[request.url.host].handle_request(request)
+
+    backend = connect(httpx.MockTransport(answer), draft_ids, urls="http://a,http://b")
+    handle = backend.generate_batch_async(*inputs)
+    targets["a"].wait_until_entered()
+    busy, free = asked[0], {"a": "b", "b": "a"}[asked[0]]
+    targets[free].gate.set()
+    for _ in range(3):
+        backend.generate_batch(*inputs)
+    assert asked == [busy, free, free, free]
+    targets[busy].gate.set()
+    handle.result(60)
+
+
 def test_two_servers_of_different_targets_are_refused_and_named(
     model: Any, build_model: Any, serve: Any, connect: Any, mapping: Any, draft_ids: Any
 ) -> None:
