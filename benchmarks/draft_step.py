@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 import torch
-from text import chunk, make_batches
 from torch import Tensor
-from training import Eagle3Trainer, make_trainer, train
 
 from eagle3_schemas import Eagle3TargetBatch
+from text import chunk, make_batches
+from training import Eagle3Trainer, make_trainer, train
 
 
 def start_trainer(

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from common import REPOSITORY, RESULTS, caption, markdown_table, provenance, served, write_json
 from draft_step import cosine, gradients, start_trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
 from draft_vocab import build_draft_vocab, count_tokens
+from eagle3_client import RemoteEagle3Backend
+from eagle3_schemas import Eagle3TargetBatch, project_to_draft_vocab
+from eagle3_server import HFEagle3TargetModel, TransformersTarget
 from smollm2 import smollm2_checkpoint
 from text import (
     HELD_OUT_MODULES,
@@ -28,13 +35,6 @@ from text import (
     module_documents,
     tokenize,
 )
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
-
-from eagle3_client import RemoteEagle3Backend
-from eagle3_schemas import Eagle3TargetBatch, project_to_draft_vocab
-from eagle3_server import HFEagle3TargetModel, TransformersTarget
 
 BEGIN, END = "<!-- fidelity: begin, generated -->", "<!-- fidelity: end -->"
 ENCODINGS, AUX_DTYPES = ("probs", "logits", "hidden"), ("model", "float8_e4m3")

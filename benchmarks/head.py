@@ -36,7 +36,6 @@ from head_model import (
     make_batch,
     make_model,
 )
-from text import TokenBatch
 from torch import Tensor
 
 from eagle3_client import RemoteEagle3Backend
@@ -48,6 +47,7 @@ from eagle3_schemas.messages import SupervisionResponse
 from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, SUPERVISION_PATH
 from eagle3_schemas.supervision import pack_bits
 from eagle3_server import TransformersTarget
+from text import TokenBatch
 
 REAL = 0.27
 

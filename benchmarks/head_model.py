@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from text import TokenBatch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle3_schemas import project_to_draft_vocab
 from eagle3_server import HFEagle3TargetModel
+from text import TokenBatch
 
 AUX_LAYER_IDS = (0, 2, 4)
 Vocab = tuple[Tensor, Tensor]

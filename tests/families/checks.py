@@ -25,7 +25,8 @@ from eagle3_server.engine import SupervisionJob
 from eagle3_server.transformers_target import TransformersTarget
 
 B, T, D = 3, 77, 127
-LENGTHS = (58, 13, 35)  # the last 19 columns are padding in every row
+LENGTHS = (35, 58, 13)  # attended; the longest row is not the first
+USED = 60  # a loss position beyond them all; the columns after it are padding in every row
 LAYER_SETS = ((1, 2, 4), (L - 1, 0, 3))  # every layer, the last one too, and not in order
 
 
@@ -41,7 +42,7 @@ def make_job(
     input_ids = torch.randint(3, 200, (B, T), generator=generator)
     attention_mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
     loss_mask = (torch.rand(B, T, generator=generator) < 0.8) & attention_mask
-    loss_mask[1, LENGTHS[1] + 2] = True  # supervised but not attended
+    loss_mask[2, [LENGTHS[2] + 2, USED - 1]] = True  # supervised but not attended
     if left_padded:
         attention_mask, loss_mask = attention_mask.flip(1), loss_mask.flip(1)
     loss_mask[:, 0] = True  # never supervised: no position precedes it
@@ -285,7 +286,7 @@ class Case:
         expected = self.expected(job)
         probs, position_mask, shifted = expected.target(job)
         got = self.run(replace(job, exact=False, rows="loss_mask"))
-        assert got.columns == max(LENGTHS) < T, "nothing was trimmed"
+        assert got.columns == USED < T, "nothing was trimmed"
         assert self.run(job).columns == T, "exact must not trim"
         aux = expected.aux(job.aux_layer_ids)[job.attention_mask]
         scale = aux.float().square().mean().sqrt()

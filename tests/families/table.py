@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import torch
-from tests.families.checks import LENGTHS, B, Case, D, Difference, T, make_job
+from tests.families.checks import USED, B, Case, D, Difference, T, make_job
 from tests.families.configs import FAMILIES, Family, H, L, V
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "model-coverage.md"
@@ -42,7 +42,7 @@ a random transformers model ({L} layers, H {H}, V {V}; a batch of [{B}, {T}] tok
 - **Exact**: with `exact=True` every layer's aux states, the masks, and `target_probs` from every
   encoding offered are bit for bit those of the full path, computed position by position from the
   definition: right- and left-padded, in head chunks of 16 rows and in one.
-- **Default**: without `exact` the {T - max(LENGTHS)} padding columns at the end are trimmed. The
+- **Default**: without `exact` the {T - USED} padding columns at the end are trimmed. The
   largest difference of `target_probs` (absolute, rows of the loss mask) / of `aux_hidden_states`
   (over their root mean square), rounded up, at one thread on one CPU: rounding from other matmul
   shapes. Asserted: {_bound(torch.float32)} in float32,

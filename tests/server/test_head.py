@@ -199,6 +199,20 @@ def keyword_head(model: Any) -> None:
     model.get_output_embeddings = lambda: outer.head
 
 
+class PositionalHead(nn.Linear):
+    """A row's logits depend on where it stands: rows taken alone are others."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        logits = super().forward(state)
+        return logits + torch.arange(logits.shape[-2]).to(logits)[:, None].sin()
+
+
+def positional_head(model: Any) -> None:
+    head = PositionalHead(48, V, bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+
+
 UNKNOWN = "the model changes its head's output in a way this version does not know"
 FALLBACKS = {
     "unknown-change": (changed(lambda z: z + 0.25 * torch.sin(3 * z)), UNKNOWN),
@@ -209,6 +223,7 @@ FALLBACKS = {
     "needs-all-of-t": (needs_all_of_t, "its forward fails with a cut head: shape"),
     "called-twice": (call_head_twice, "call the output embeddings once"),
     "no-module": (no_output_embeddings, "no output embeddings module"),
+    "positional": (positional_head, "rows differ from the full logits by "),
     "keyword": (keyword_head, "call the output embeddings once"),
 }
 

@@ -103,12 +103,12 @@ def test_every_encoding_gives_what_the_definition_says(
 
 @pytest.mark.parametrize("family", ["llama"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("size", [1, 15, 16, 17, V])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, V])
 def test_a_draft_vocab_of_any_size_is_exact(
     model: Any, family: str, dtype: torch.dtype, padded: Any, frequency_ordered: Any, serve: Any,
     connect: Any, expect: Any, matches: Any, encoding: str, size: int,
 ) -> None:  # fmt: skip
-    """Below 16 ids another kernel would round the trainer's own matmul differently."""
+    """Of few ids, another kernel would round the trainer's own matmul differently."""
     ids = frequency_ordered(V, size)
     backend = connect(serve(model), ids, encoding=encoding, exact=True, rows="loss_mask")
     matches(backend.generate_batch(*padded), expect(model, padded, ids, rows="loss_mask"))
