@@ -51,9 +51,29 @@ def capture_layers(
 class ForwardResult:
     """What one forward gave; everything unshifted."""
 
-    aux_hidden_states: torch.Tensor  # [B, T, 3H], model dtype
+    aux_states: tuple[torch.Tensor, ...]  # [B, T, H] for each aux layer, model dtype
     logits: torch.Tensor  # [B, T, V]; with a cut head [B, 1, V]
     head_input: torch.Tensor | None  # [B, T, H], with a cut head
+
+    @property
+    def aux_hidden_states(self) -> torch.Tensor:
+        """The aux layers' outputs concatenated: a new [B, T, 3H]."""
+        return torch.cat(self.aux_states, dim=-1)
+
+    def attended_aux(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return `aux_hidden_states` where `attention_mask` [B, T] bool is true: [n, 3H].
+
+        Layer by layer into one buffer: the states are never there twice.
+        """
+        hidden_size = self.aux_states[0].shape[-1]
+        rows = self.aux_states[0].new_empty(
+            int(attention_mask.sum()), hidden_size * len(self.aux_states)
+        )
+        for part, states in zip(
+            torch.split(rows, hidden_size, dim=1), self.aux_states, strict=True
+        ):
+            part.copy_(states[attention_mask])
+        return rows
 
 
 def forward_logits(
@@ -115,8 +135,8 @@ def forward_with_aux(
                 f"input_ids {list(input_ids.shape)}, not [B, T, H]; its aux_hidden_states are "
                 "undefined, so this model cannot be a target"
             )
-    aux_hidden_states = torch.cat([captured[i] for i in aux_layer_ids], dim=-1)
-    return ForwardResult(aux_hidden_states, logits, head_inputs[0] if head_inputs else None)
+    aux_states = tuple(captured[i] for i in aux_layer_ids)
+    return ForwardResult(aux_states, logits, head_inputs[0] if head_inputs else None)
 
 
 def _flags(model: nn.Module) -> dict[str, bool]:

@@ -90,11 +90,11 @@ class TransformersTarget:
             architecture=type(model).__name__,
             fingerprint=model_fingerprint(model),
             num_hidden_layers=num_layers,
-            hidden_size=probe.aux_hidden_states.shape[-1] // num_layers,
+            hidden_size=probe.aux_states[0].shape[-1],
             vocab_size=vocab_size,
             input_vocab_size=embedding.shape[0],
             max_sequence_length=max_sequence_length(model),
-            dtype=str(probe.aux_hidden_states.dtype).removeprefix("torch."),
+            dtype=str(probe.aux_states[0].dtype).removeprefix("torch."),
             device=str(self._device),
             device_name=_device_name(self._device),
             attn_implementation=getattr(model.config, "_attn_implementation", None),
@@ -145,11 +145,13 @@ class TransformersTarget:
             job.aux_layer_ids,
             head_to_cut=None if head is None else head.module,
         )
-        attended = result.aux_hidden_states[attention_mask]
+        attended = result.attended_aux(attention_mask)
+        source = self._head_rows(head, result)
+        del result  # frees the layers' outputs before the head runs
         _check_finite(attended, attention_mask, job.aux_layer_ids)
         encoding = ENCODINGS[job.encoding]
         supervision = supervise_rows(
-            self._head_rows(head, result),
+            source,
             loss_mask,
             *self._draft_vocab(job.draft_vocab),
             encoding,
