@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from head_memory import peak_mib
 from head_model import (
     AUX_LAYER_IDS,
     ModelShape,
+    Vocab,
     colocated,
     colocated_name,
     covering_vocab,
+    draft_vocab,
     make_batch,
     make_model,
 )
@@ -76,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--length", type=int, default=512, help="T of all but the growth")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--parts", nargs="+", default=["memory", "time", "bytes"])
+    parser.add_argument("--parts", nargs="+", default=["memory", "time", "trim", "bytes"])
+    parser.add_argument(
+        *("--trim-shape",), type=int, nargs=4, default=[576, 30, 49152, 12288], metavar="N"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "head.json")
     arguments = parser.parse_args(argv)
     names = vars(ModelShape()).keys()
@@ -89,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts: dict[str, Callable[..., list[list[str]]]] = {
         "memory": memory,
         "time": times,
+        "trim": trim,
         "bytes": sizes,
     }
     for part in arguments.parts:
@@ -128,8 +135,12 @@ def memory(
         f"{shape.supervised:.0%} supervised; `head` is the head alone, its output included:\n\n"
         + markdown_table(["path", "encoding", "dtype", "T", "MiB"], lines)
     )
-    target = Target(f"peak above weights, T {at}, `hidden`, float32", 180, " MiB")
-    return [target.row(peaks["served", "hidden", at, "float32"])]
+    return [
+        Target(f"peak above weights, T {at}, `hidden`, {dtype}", 180, " MiB").row(
+            peaks["served", "hidden", at, dtype]
+        )
+        for dtype in ("bfloat16", "float32")
+    ]
 
 
 def times(
@@ -138,7 +149,6 @@ def times(
     """Ratios of interleaved times on one model in this process."""
     model = make_model(shape, torch.float32)
     batch = make_batch(shape, arguments.length)
-    padded = make_batch(shape, arguments.length, REAL)
     target = TransformersTarget(model, model_id="random", aux_layer_ids=AUX_LAYER_IDS)
     assert target.describe().head == "rows", target.describe().head_reason
     head = model.get_output_embeddings()
@@ -155,39 +165,23 @@ def times(
             return torch.mm(states, head.weight.T, out=logits)
 
     vocab = covering_vocab(shape, bare().argmax(-1))
-    with served(target) as url, httpx.Client(trust_env=False, timeout=600) as http:
-        options: dict[str, Any] = {"retry_for_s": 5, "timeout_s": 600, "encoding": "hidden"}
-        with RemoteEagle3Backend(url, **options) as backend:
-            backend.set_vocab_mapping(*vocab)
-
-            def post(some: TokenBatch, encoding: str = "hidden", exact: bool = False) -> bytes:
-                wire = WireBatch(some[0], some[1].bool(), some[2].bool())
-                digest = DraftVocab.from_ids(vocab[0]).digest
-                fields = {"request_id": "bench", "draft_vocab_digest": digest}
-                _, frame = pack_request(wire, encoding=encoding, exact=exact, **fields)
-                body, kind = b"".join(frame.parts), {"content-type": FRAME_MEDIA_TYPE}
-                return http.post(url + SUPERVISION_PATH, content=body, headers=kind).content
-
-            answer = decode(bytearray(post(batch))).tensors["head_input"]
-            assert answer.shape[0] == count, "every supervised row must be sent"
-            full = colocated(model, vocab)
-            seconds = interleaved(
-                {
-                    "bare: backbone + one matmul over the supervised rows": bare,
-                    "served, hidden": lambda: post(batch),
-                    "served, logits": lambda: post(batch, "logits"),
-                    "served, probs": lambda: post(batch, "probs"),
-                    "served, hidden, rebuilt on this CPU": lambda: backend.generate_batch(*batch),
-                    "co-located": lambda: full(batch),
-                    f"served, hidden, {REAL:.0%} real tokens, not trimmed": lambda: post(
-                        padded, exact=True
-                    ),
-                    f"served, hidden, {REAL:.0%} real tokens, trimmed": lambda: post(padded),
-                },
-                arguments.rounds,
-            )
+    with asking(target, vocab) as (post, backend):
+        answer = decode(bytearray(post(batch))).tensors["head_input"]
+        assert answer.shape[0] == count, "every supervised row must be sent"
+        full = colocated(model, vocab)
+        seconds = interleaved(
+            {
+                "bare: backbone + one matmul over the supervised rows": bare,
+                "served, hidden": lambda: post(batch),
+                "served, logits": lambda: post(batch, "logits"),
+                "served, probs": lambda: post(batch, "probs"),
+                "served, hidden, rebuilt on this CPU": lambda: backend.generate_batch(*batch),
+                "co-located": lambda: full(batch),
+            },
+            arguments.rounds,
+        )
     results["seconds"] = seconds
-    bare_name, *served_names, full_name, untrimmed, trimmed = seconds
+    bare_name, *served_names, full_name = seconds
     lines = [
         [
             name,
@@ -206,14 +200,75 @@ def times(
     wanted = [
         (Target("served, `hidden` / bare", 1.08), served_names[0], bare_name),
         (Target("served, `hidden` / co-located", 0.65), served_names[0], full_name),
-        (Target("27 % real tokens: trimmed / not", 0.33), trimmed, untrimmed),
     ]
     ratios = {target.what: ratio(seconds, above, below) for target, above, below in wanted}
-    results["ratios"] = ratios
+    results.setdefault("ratios", {}).update(ratios)
     return [
         target.row(ratios[target.what]["median"], spread(ratios[target.what], median=False))
         for target, _, _ in wanted
     ]
+
+
+def trim(
+    shape: ModelShape, arguments: argparse.Namespace, results: dict[str, Any], tables: list[str]
+) -> list[list[str]]:
+    """Time of a right-padded batch with and without trimming, on two shapes.
+
+    The rows-only head skips padding by itself, so trimming saves only backbone: little of a model
+    that is mostly head. The target is for one that is mostly backbone, as real ones are.
+    """
+    sizes = ("hidden_size", "layers", "vocab_size", "draft_vocab_size")
+    real = replace(shape, **dict(zip(sizes, arguments.trim_shape, strict=True)))
+    lines, rows = [], []
+    for name, some in (("SmolLM2's shape", real), ("the shape above", shape)):
+        model, batch = make_model(some, torch.float32), make_batch(some, arguments.length, REAL)
+        target = TransformersTarget(model, model_id="random", aux_layer_ids=AUX_LAYER_IDS)
+        vocab = draft_vocab(some)
+        full = colocated(model, vocab)
+        with asking(target, vocab) as (post, _):
+            cases = {
+                "trimmed": lambda post=post, batch=batch: post(batch),
+                "not": lambda post=post, batch=batch: post(batch, exact=True),
+                "co-located": lambda full=full, batch=batch: full(batch),
+            }
+            seconds = interleaved(cases, arguments.rounds)
+        results.setdefault("trim_seconds", {})[name] = seconds
+        found = ratio(seconds, "trimmed", "not")
+        results.setdefault("ratios", {})[f"trimmed / not, {name}"] = found
+        lines.append([name, spread(found), spread(ratio(seconds, "trimmed", "co-located"))])
+        if some is real:
+            target_row = Target("27 % real tokens: trimmed / not, SmolLM2's shape", 0.33)
+            rows.append(target_row.row(found["median"], spread(found, median=False)))
+    tables.append(
+        f"Right-padded batch, every row {REAL:.0%} real tokens, `hidden`, float32:\n\n"
+        + markdown_table(["model", "trimmed / not trimmed", "trimmed / co-located"], lines)
+    )
+    return rows
+
+
+@contextmanager
+def asking(
+    target: TransformersTarget, vocab: Vocab
+) -> Iterator[tuple[Callable[..., bytes], RemoteEagle3Backend]]:
+    """Serve a target; yields a function that posts a batch, and a backend with the draft vocab."""
+    options: dict[str, Any] = {"retry_for_s": 5, "timeout_s": 600, "encoding": "hidden"}
+    digest = DraftVocab.from_ids(vocab[0]).digest
+    with (
+        served(target) as url,
+        httpx.Client(trust_env=False, timeout=600) as http,
+        RemoteEagle3Backend(url, **options) as backend,
+    ):
+        backend.set_vocab_mapping(*vocab)
+
+        def post(batch: TokenBatch, encoding: str = "hidden", exact: bool = False) -> bytes:
+            wire = WireBatch(batch[0], batch[1].bool(), batch[2].bool())
+            fields = {"request_id": "bench", "draft_vocab_digest": digest}
+            _, frame = pack_request(wire, encoding=encoding, exact=exact, **fields)
+            body, kind = b"".join(frame.parts), {"content-type": FRAME_MEDIA_TYPE}
+            response = http.post(url + SUPERVISION_PATH, content=body, headers=kind)
+            return response.raise_for_status().content
+
+        yield post, backend
 
 
 def spread(values: dict[str, float], *, median: bool = True) -> str:

@@ -52,7 +52,7 @@ class ModelShape:
 
 
 def make_model(shape: ModelShape, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Return a Llama with heads of 64, two queries a key and an MLP of 2.75 H; random weights."""
+    """Return a Llama with heads of 64, two or three queries a key and an MLP of 2.75 H; random weights."""
     torch.manual_seed(0)
     heads = max(1, shape.hidden_size // 64)
     config = LlamaConfig(
@@ -60,7 +60,7 @@ def make_model(shape: ModelShape, dtype: torch.dtype) -> LlamaForCausalLM:
         intermediate_size=11 * shape.hidden_size // 4,
         num_hidden_layers=shape.layers,
         num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
+        num_key_value_heads=heads // 3 if heads % 3 == 0 else max(1, heads // 2),
         vocab_size=shape.vocab_size,
         tie_word_embeddings=False,
     )

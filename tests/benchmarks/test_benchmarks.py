@@ -65,6 +65,7 @@ def test_head_tables(tmp_path: Path) -> None:
     sizes = {"hidden-size": 64, "vocab-size": 20011, "draft-vocab-size": 2000, "batch-size": 2}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
     arguments += ["--lengths", "64", "128", "--length", "128", "--rounds", "2"]
+    arguments += ["--trim-shape", "64", "6", "1000", "500"]
     output = run("head.py", *arguments, "--results", str(results))
 
     content = json.loads(results.read_text())
@@ -80,7 +81,8 @@ def test_head_tables(tmp_path: Path) -> None:
     assert set(content["ratios"]) == {
         "served, `hidden` / bare",
         "served, `hidden` / co-located",
-        "27 % real tokens: trimmed / not",
+        "trimmed / not, SmolLM2's shape",
+        "trimmed / not, the shape above",
     }
     assert all(0 < spread["min"] <= spread["max"] for spread in content["ratios"].values())
     for words in ("bytes/token, `hidden`, 8B", "peak above weights", "Measured "):

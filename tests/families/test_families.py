@@ -76,7 +76,7 @@ def test_aux_states_are_bit_equal(case: Case, left_padded: bool) -> None:
 
 def test_trimmed_batch_is_within_the_stated_bound(case: Case) -> None:
     difference = case.default_difference(make_job())
-    bound = table.BOUNDS[case.dtype]
+    bound = table.bound(case.family, case.dtype)
     assert difference.probs <= bound.probs
     assert difference.aux <= bound.aux
     assert difference.masks <= bound.masks
