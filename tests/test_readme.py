@@ -19,7 +19,7 @@ def code_blocks(language: str) -> list[str]:
 def test_the_trainer_code_runs_as_printed(live_server: Any, model: Any) -> None:
     (code,) = code_blocks("python")
     assert code.count("http://target-host:8001") == 1
-    assert len([line for line in code.splitlines() if line.strip()]) <= 7
+    assert len([line for line in code.splitlines() if line.strip()]) <= 8
     vocab_size = model.config.vocab_size
     selected_token_ids = torch.randperm(vocab_size)[:50]
     selected_token_mask = torch.zeros(vocab_size, dtype=torch.bool)
@@ -37,7 +37,6 @@ def test_the_trainer_code_runs_as_printed(live_server: Any, model: Any) -> None:
     ones = torch.ones_like(input_ids)
     scope: dict[str, Any] = {
         "device": "cpu",
-        "token": None,
         "selected_token_ids": selected_token_ids,
         "selected_token_mask": selected_token_mask,
         "batches": [(input_ids, ones, ones)] * 2,

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import httpx
 import torch
@@ -15,6 +16,7 @@ from eagle3_client.config import (
     DEFAULT_TIMEOUT_S,
     ClientSettings,
     split_urls,
+    usable_device,
 )
 from eagle3_client.fleet import Fleet
 from eagle3_client.results import RemoteBatchHandle, TargetEmbeddings
@@ -28,6 +30,7 @@ from eagle3_schemas.errors import (
     RemoteEagle3Error,
     VocabMappingMissing,
 )
+from eagle3_schemas.exchange import check_is_dense
 from eagle3_schemas.messages import AuxDtype, Rows
 
 
@@ -78,7 +81,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     ) -> None:
         self._settings = ClientSettings(
             urls=split_urls(urls),
-            device=torch.device(device),
+            device=usable_device(device),
             token=token,
             aux_layer_ids=None if aux_layer_ids is None else tuple(aux_layer_ids),
             encoding=encoding,
@@ -98,6 +101,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         self._draft_vocab: DraftVocab | None = None
         self._embeddings: TargetEmbeddings | None = None
         self._closed = False
+        self._pid = os.getpid()
 
     @classmethod
     def from_urls(
@@ -177,8 +181,9 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         """
         deadline = time.monotonic() + (self._settings.retry_for_s if timeout is None else timeout)
         for connection in self._fleet.connections:
-            remaining = Retrier(max(deadline - time.monotonic(), 0.0))
-            remaining.call(connection.check_ready, f"waiting for {connection.url}")
+            left_s = max(deadline - time.monotonic(), 0.1)
+            check = partial(connection.check_ready, left_s)
+            Retrier(left_s).call(check, f"waiting for {connection.url}")
 
     def get_input_embeddings(self) -> TargetEmbeddings:
         """Download the target's input embeddings once, and keep them on the device."""
@@ -206,6 +211,8 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         Raises:
             InvalidRequest: repeated ids, ids outside [0, V), or a mask that marks another set.
         """
+        check_is_dense("selected_token_ids", selected_token_ids)
+        check_is_dense("selected_token_mask", selected_token_mask)
         vocab = DraftVocab.from_ids(selected_token_ids, selected_token_mask)
         info = self.model_info()
         if selected_token_mask.numel() != info.vocab_size:
@@ -284,6 +291,11 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         """Check and encode a batch on the caller's thread, bound to the mapping current now."""
         if self._closed:
             raise RemoteEagle3Error("the backend was closed; build a new one")
+        if os.getpid() != self._pid:
+            raise RemoteEagle3Error(
+                "the backend was built before a fork, and its sockets belong to the parent; build "
+                "one in this process"
+            )
         if any(extra is not None for extra in packing):
             raise PackingUnsupported(
                 "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; "

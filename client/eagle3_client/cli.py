@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would eat the defaults in brackets
 )
 
 
@@ -98,9 +99,10 @@ def serve(
         settings = ServerSettings(**given)
         code = run(settings)
     except ValidationError as exc:
-        for error in exc.errors(include_url=False, include_input=False):
+        for error in exc.errors(include_url=False):
             name = ".".join(map(str, error["loc"]))
-            typer.secho(f"setting {name}: {error['msg']}", err=True)
+            got = "a secret" if name == "token" else repr(error["input"])
+            typer.secho(f"setting {name}: {error['msg']}; got {got}", err=True)
         raise typer.Exit(2) from exc
     except RemoteEagle3Error as exc:
         typer.secho(str(exc), err=True)

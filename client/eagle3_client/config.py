@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -17,6 +18,8 @@ DEFAULT_RETRY_FOR_S = 900.0
 """A 70B target takes minutes to load again; a shorter wait would end runs that could go on."""
 
 DEFAULT_TIMEOUT_S = 120.0
+
+_TOKEN = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,14 @@ class ClientSettings:
             raise InvalidRequest("urls must name at least one server, as http://host:port")
         for url in self.urls:
             parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise InvalidRequest(f"a URL must be http://host:port or https://…; got {url!r}")
+            if (
+                parts.scheme not in ("http", "https")
+                or not parts.hostname
+                or parts.path.endswith("/v1")
+            ):
+                raise InvalidRequest(
+                    f"a URL must be http://host:port or https://host:port, without /v1; got {url!r}"
+                )
         if len(set(self.urls)) != len(self.urls):
             raise InvalidRequest(f"each server may be named once; got {list(self.urls)}")
         if self.encoding != "auto" and self.encoding not in ENCODINGS:
@@ -83,11 +92,20 @@ class ClientSettings:
             raise InvalidRequest(
                 f"rows must be 'position_mask', 'loss_mask' or 'all'; got {self.rows!r}"
             )
-        if self.output_dtype is not None and not self.output_dtype.is_floating_point:
-            raise InvalidRequest(f"output_dtype must be a float dtype; got {self.output_dtype}")
-        for name in ("timeout_s", "retry_for_s"):
-            if not getattr(self, name) >= 0:
-                raise InvalidRequest(f"{name} must be >= 0 seconds; got {getattr(self, name)}")
+        dtype = self.output_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InvalidRequest(
+                f"output_dtype must be a float torch.dtype, as torch.float32; got {dtype!r}"
+            )
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            raise InvalidRequest(
+                "token must be printable ASCII without spaces; the one given is not (perhaps it "
+                "ends with a line break: strip it)"
+            )
+        if not 0 < self.timeout_s < 1e7:
+            raise InvalidRequest(f"timeout_s must be > 0 and finite, seconds; got {self.timeout_s}")
+        if not 0 <= self.retry_for_s < 1e9:
+            raise InvalidRequest(f"retry_for_s must be >= 0, seconds; got {self.retry_for_s}")
         if self.max_retries is not None and self.max_retries < 0:
             raise InvalidRequest(f"max_retries must be >= 0 or None; got {self.max_retries}")
         if self.max_in_flight is not None and self.max_in_flight < 1:
@@ -111,6 +129,22 @@ def choose_encoding(settings: ClientSettings, info: ModelInfo) -> str:
     if settings.device.type != "cpu" and "hidden" in info.encodings and not settings.exact:
         return "hidden"
     return "probs" if info.dtype == "float32" else "logits"
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device, after proving that tensors can be put there.
+
+    Raises:
+        InvalidRequest: they cannot; found out now rather than with the first batch.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as exc:
+        raise InvalidRequest(
+            f"device {str(device)!r} cannot be used here: {exc}. Name one that this process has"
+        ) from exc
+    return found
 
 
 def split_urls(urls: str | Sequence[str]) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from eagle3_schemas.supervision import pack_bits
 from eagle3_schemas.tensors import byte_view
 
 _CONNECT_TIMEOUT_S = 10.0
+_MAX_RESPONSE_BYTES = 1 << 38  # no response is that large; a length that lies must not allocate it
 
 
 class Connection:
@@ -62,13 +63,15 @@ class Connection:
         self.bytes_received = 0
         self._lock = threading.Lock()
         self._registered: set[str] = set()
+        self._timeout_s = timeout_s
+        self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         headers = {"accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
         self._http = httpx.Client(
             base_url=url,
             headers=headers,
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
+            timeout=self._timeout,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_connections),
             transport=transport,
             # A target is a direct peer: an ambient http_proxy could not reach a cluster's address.
@@ -79,9 +82,9 @@ class Connection:
         """Close the sockets; requests under way fail."""
         self._http.close()
 
-    def check_ready(self) -> None:
-        """Raise NotReady unless the server's target is loaded."""
-        self._send("GET", READY_PATH)
+    def check_ready(self, timeout_s: float) -> None:
+        """Raise NotReady unless the server's target is loaded; waits `timeout_s` at most."""
+        self._send("GET", READY_PATH, timeout_s=min(timeout_s, self._timeout_s))
 
     def model_info(self) -> ModelInfo:
         """Ask what is served.
@@ -100,7 +103,7 @@ class Connection:
                     url=self.url,
                 )
             return ModelInfo.model_validate_json(bytes(byte_view(body)))
-        except (ValueError, AttributeError, ValidationError) as exc:
+        except (ValueError, AttributeError, ValidationError, RecursionError) as exc:
             if isinstance(exc, RemoteEagle3Error):
                 raise
             raise ProtocolMismatch(
@@ -154,6 +157,7 @@ class Connection:
         path: str,
         frame: EncodedFrame | None = None,
         request_id: str | None = None,
+        timeout_s: float | None = None,
     ) -> torch.Tensor:
         """Send a request and return the body of a 200 answer as a 1-D uint8 tensor."""
         headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
@@ -162,13 +166,24 @@ class Connection:
             headers["content-type"] = FRAME_MEDIA_TYPE
             content = frame.to_bytes()
         try:
-            with self._http.stream(method, path, headers=headers, content=content) as response:
+            with self._http.stream(
+                method,
+                path,
+                headers=headers,
+                content=content,
+                timeout=self._timeout if timeout_s is None else timeout_s,
+            ) as response:
                 if response.status_code != 200:
                     raise self._problem(response)
                 body = self._receive(response)
         except httpx.TransportError as exc:
+            if self._http.is_closed:
+                raise RemoteEagle3Error("the backend was closed", url=self.url) from exc
             raise TransportError(
-                f"{type(exc).__name__}: {exc or 'no answer'}", url=self.url, request_id=request_id
+                f"{type(exc).__name__}: {exc or 'no answer'}; check that the server runs, and that "
+                "the URL and its scheme are right",
+                url=self.url,
+                request_id=request_id,
             ) from exc
         except RuntimeError as exc:
             if not self._http.is_closed:
@@ -181,8 +196,11 @@ class Connection:
     def _receive(self, response: httpx.Response) -> torch.Tensor:
         """Read a body straight into one buffer of its announced length."""
         length = response.headers.get("content-length", "")
-        if not length.isdigit():
-            raise TransportError("the response has no content-length", url=self.url)
+        if not (length.isascii() and length.isdigit()) or int(length[:20]) > _MAX_RESPONSE_BYTES:
+            raise TransportError(
+                f"expected a content-length up to {_MAX_RESPONSE_BYTES}; got {length[:40]!r}",
+                url=self.url,
+            )
         body = torch.empty(int(length), dtype=torch.uint8)
         view = byte_view(body)
         received = 0
@@ -201,7 +219,10 @@ class Connection:
 
     def _problem(self, response: httpx.Response) -> RemoteEagle3Error:
         """Rebuild the server's error, keeping its words."""
-        text = response.read().decode(errors="replace")
+        try:
+            text = response.read().decode(errors="replace")
+        except httpx.DecodingError:  # a gateway's body, compressed though we asked for identity
+            text = ""
         try:
             problem = Problem.model_validate_json(text)
         except ValidationError:
@@ -211,5 +232,5 @@ class Connection:
         )
         error.url = self.url
         after = response.headers.get("retry-after", "")
-        error.retry_after_s = float(after) if after.isdigit() else None
+        error.retry_after_s = float(after) if after.isascii() and after.isdigit() else None
         return error

@@ -18,7 +18,15 @@ from eagle3_schemas.errors import FingerprintMismatch, InvalidRequest, ProtocolM
 from eagle3_schemas.exchange import unpack_draft_head
 
 _CACHED_HEADS = 2  # the current draft vocab, and one that requests in flight may still name
-_SAME_EVERYWHERE = ("fingerprint", "vocab_size", "hidden_size", "num_hidden_layers", "dtype")
+_SAME_EVERYWHERE = (
+    "fingerprint",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "dtype",
+    "attn_implementation",
+    "head",
+)
 
 
 class Fleet:

@@ -69,7 +69,8 @@ class Submission:
             sent,
             request_id=uuid.uuid4().hex,
             draft_vocab_digest=draft_vocab.digest,
-            aux_layer_ids=settings.aux_layer_ids,
+            # Never left to the server: replicas, or one that restarts, may have other defaults.
+            aux_layer_ids=settings.aux_layer_ids or info.aux_layer_ids,
             encoding=choose_encoding(settings, info),
             rows=settings.rows,
             aux_dtype=settings.aux_dtype,
@@ -108,7 +109,13 @@ class Submission:
                 connection.forget_registered(self.draft_vocab.digest)
                 fleet.check_fingerprint(connection.model_info().fingerprint, connection.url)
                 connection.ensure_registered(self.draft_vocab, info.vocab_size)
-                frame, head = self._ask(fleet, connection)
+                try:
+                    frame, head = self._ask(fleet, connection)
+                except VocabMappingMissing as error:
+                    # Pushed out again by other trainers' draft vocabs: a later repeat will do.
+                    connection.forget_registered(self.draft_vocab.digest)
+                    error.is_retryable = True
+                    raise
         fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
         if frame.fields.get("request_id") != self.request_id:
             # Something in between mixed answers up: worth a repeat.

@@ -30,12 +30,15 @@ class DaemonWorkers:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._running: set[Future[Any]] = set()
+        self._is_closed = False
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Queue a callable; a future that is cancelled before it starts is skipped."""
         future: Future[Result] = Future()
-        self._queue.put((future, work))
         with self._lock:
+            if self._is_closed:
+                raise RemoteEagle3Error("the backend was closed; build a new one")
+            self._queue.put((future, work))
             if len(self._threads) < self._count:
                 thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
                 self._threads.append(thread)
@@ -47,6 +50,8 @@ class DaemonWorkers:
 
         A thread that waits for a byte from the network cannot be woken; whoever waits for it can.
         """
+        with self._lock:
+            self._is_closed = True
         try:
             while (item := self._queue.get_nowait()) is not None:
                 item[0].cancel()

@@ -35,10 +35,24 @@ class TokenBatch:
     loss_mask: torch.Tensor  # bool, unshifted
 
 
+def check_is_dense(name: str, tensor: object) -> None:
+    """Raise InvalidRequest unless it is an ordinary torch.Tensor that holds data."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidRequest(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise InvalidRequest(f"{name} must be a dense tensor with data; got {tensor.layout}")
+
+
 def check_batch_shapes(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor
 ) -> None:
     """Raise InvalidRequest unless all three are [B, T] with B, T >= 1 and the ids are integers."""
+    for name, tensor in (
+        ("input_ids", input_ids),
+        ("attention_mask", attention_mask),
+        ("loss_mask", loss_mask),
+    ):
+        check_is_dense(name, tensor)
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise InvalidRequest(
             f"input_ids must be [B, T] with B, T >= 1; got shape {list(input_ids.shape)}"
@@ -50,6 +64,12 @@ def check_batch_shapes(
             raise InvalidRequest(
                 f"{name} must have the shape of input_ids, {list(input_ids.shape)}; got "
                 f"{list(mask.shape)}"
+            )
+        if mask.dtype is not torch.bool and not bool((mask >= 0).all()):
+            # An additive mask (0 attends, -inf does not) would be read the wrong way round.
+            raise InvalidRequest(
+                f"{name} must be non-zero where true and 0 elsewhere; got negative values or NaN. "
+                "Pass the 2-D mask of the tokenizer, not an additive one"
             )
 
 

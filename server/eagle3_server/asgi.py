@@ -62,7 +62,7 @@ async def read_frame_body(request: Request, max_body_bytes: int) -> bytearray:
     if coding != "identity":
         raise MalformedPayload(f"expected an uncompressed body; got content-encoding {coding!r}")
     length = request.headers.get("content-length", "")
-    if not length.isascii() or not length.isdigit():
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
         raise MalformedPayload("expected a content-length; send the body in one piece")
     if int(length) > max_body_bytes:
         raise LimitExceeded(
@@ -158,8 +158,8 @@ class TokenGuard:
             and not self._is_known(Headers(scope=scope).get("authorization", ""))
         ):
             error = Unauthorized(
-                "expected a valid bearer token; pass token= to RemoteEagle3Backend or set "
-                "EAGLE3_TOKEN to one of the server's tokens"
+                "expected a bearer token that is in the server's EAGLE3_TOKEN; pass it as token= "
+                "to RemoteEagle3Backend (from_env() reads it from EAGLE3_TOKEN)"
             )
             await problem_response(Request(scope), error)(scope, receive, send)
             return

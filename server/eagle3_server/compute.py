@@ -76,14 +76,18 @@ class ComputeThread:
             self._queue.put(run)
         return future
 
-    def close(self) -> None:
-        """Refuse new work, finish what is queued, and end the thread. Safe to repeat."""
+    def close(self, *, wait: bool = True) -> None:
+        """Refuse new work and end the thread after what is queued. Safe to repeat.
+
+        Args:
+            wait: return only when the thread has ended.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._queue.put(None)
             thread = self._thread
-        if thread is not None:
+        if thread is not None and wait:
             thread.join()
 
     def _loop(self) -> None:

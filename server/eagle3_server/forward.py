@@ -13,7 +13,7 @@ from torch import nn
 
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.head import cut_head
-from eagle3_server.layout import decoder_layers
+from eagle3_server.layout import decoder_layers, reset_rotary
 
 
 @contextmanager
@@ -88,6 +88,7 @@ def forward_logits(
         input_ids: [B, T] integer, on the model's device.
         attention_mask: [B, T], non-zero where attended, any dtype.
     """
+    reset_rotary(model)
     with torch.no_grad():
         output = model(
             input_ids=input_ids,

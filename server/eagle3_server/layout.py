@@ -58,3 +58,37 @@ def max_sequence_length(model: nn.Module) -> int | None:
         ):
             return module.num_embeddings - int(getattr(module, "offset", 0))
     return None
+
+
+def positions_depend_on_length(model: nn.Module) -> bool:
+    """Whether the rotary positions change with T itself (`dynamic` and `longrope`).
+
+    Another padded length then changes every state, not by rounding: such a target is not trimmed.
+    """
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        kinds = rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+        if any(kind in ("dynamic", "longrope") for kind in kinds):
+            return True
+    return False
+
+
+def reset_rotary(model: nn.Module) -> None:
+    """Undo what earlier forwards left in rotary modules, so that a result has no history.
+
+    transformers 5.23 keeps the frequencies of the longest sequence seen (`dynamic`) until a short
+    one comes.
+    """
+    for module in model.modules():
+        longest = getattr(module, "original_max_seq_len", None)
+        if longest is None:
+            continue
+        for name in [*vars(module), *dict(module.named_buffers(recurse=False))]:
+            if not name.endswith("original_inv_freq"):
+                continue
+            prefix = name.removesuffix("original_inv_freq")
+            device = getattr(module, f"{prefix}inv_freq").device
+            original = getattr(module, name).to(device)
+            module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+            if hasattr(module, f"{prefix}max_seq_len_cached"):
+                setattr(module, f"{prefix}max_seq_len_cached", longest)

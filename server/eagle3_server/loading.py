@@ -35,6 +35,8 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
         else getattr(torch, settings.dtype)
     )
     source = settings.model
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).exists():
+        raise InvalidRequest(f"no such file or directory: {source}")
     auto_class: Any = None  # of transformers, whose types say nothing of the loading report
     extra: dict[str, Any] = {}
     if settings.model.endswith(".gguf"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import socket
 import sys
+import threading
 import time
 
 import transformers
@@ -34,13 +36,16 @@ def serve(settings: ServerSettings) -> int:
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     failures: list[BaseException] = []
+    loading_ended = threading.Event()
 
     def load() -> TransformersTarget:
         started = time.monotonic()
-        target = load_target(settings)
-        seconds = time.monotonic() - started
-        logger.info("%s", _summary(target.describe(), seconds))
-        logger.info("ready: trainers use http://%s:%d", settings.host, _port(server))
+        try:
+            target = load_target(settings)
+        finally:
+            loading_ended.set()
+        logger.info("%s", _summary(target.describe(), time.monotonic() - started))
+        logger.info("ready: trainers use %s", url)
         return target
 
     def stop(error: BaseException) -> None:
@@ -48,19 +53,38 @@ def serve(settings: ServerSettings) -> int:
         server.should_exit = True
 
     app = create_app(load, settings, on_load_failure=stop)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            access_log=False,
-            log_config=None,
-        )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        access_log=False,
+        log_config=None,
     )
+    server = uvicorn.Server(config)
+    listener = _listen(config)  # before loading: a port in use must not cost minutes
+    host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
     logger.info("loading %s", settings.model)
-    server.run()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        if not loading_ended.is_set():
+            # The thread that loads cannot be interrupted, and torch aborts an interpreter that
+            # exits under it.
+            logger.info("stopped while loading")
+            logging.shutdown()
+            os._exit(1)
     return 1 if failures or not server.started else 0
+
+
+def _listen(config: uvicorn.Config) -> socket.socket:
+    try:
+        return config.bind_socket()
+    except SystemExit as exc:  # uvicorn's way to say so; the reason is in the log
+        raise InvalidRequest(
+            f"cannot listen on {config.host} port {config.port}; choose another --port or --host"
+        ) from exc
 
 
 def _check(settings: ServerSettings) -> None:
@@ -91,16 +115,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _port(server: uvicorn.Server) -> int:
-    """Return the port really bound, which differs from the setting when that is 0."""
-    while not server.started and not server.should_exit:
-        time.sleep(0.01)
-    for listener in server.servers:
-        for socket in listener.sockets:
-            return int(socket.getsockname()[1])
-    return server.config.port
 
 
 def _summary(target: TargetDescription, seconds: float) -> str:

@@ -64,9 +64,9 @@ class Service:
         self._compute.submit(run)
 
     def close(self) -> None:
-        """Finish what is queued, refuse the rest; safe to repeat."""
+        """Finish what is queued, refuse the rest; safe to repeat. Does not wait for loading."""
         self._not_ready_reason = "the server is stopping"
-        self._compute.close()
+        self._compute.close(wait=self._target is not None)
 
     def loaded(self) -> Target:
         """Return the target.

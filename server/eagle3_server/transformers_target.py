@@ -26,7 +26,7 @@ from eagle3_server.engine import HostTensors, SupervisionJob, TargetDescription
 from eagle3_server.fingerprint import model_fingerprint
 from eagle3_server.forward import ForwardResult, forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
-from eagle3_server.layout import decoder_layers, max_sequence_length
+from eagle3_server.layout import decoder_layers, max_sequence_length, positions_depend_on_length
 from eagle3_server.supervise import HeadRows, supervise_rows
 
 _CACHED_DRAFT_VOCABS = 16
@@ -83,6 +83,7 @@ class TransformersTarget:
         except HeadUnsupported as exc:
             head_reason = str(exc)
             logger.warning("the head runs for every position, not for rows alone: %s", exc)
+        self._can_trim = not positions_depend_on_length(model)
         self._full_chunk_rows = max(head_chunk_bytes // (4 * vocab_size), 1)
         self._description = TargetDescription(
             model_id=model_id,
@@ -132,7 +133,7 @@ class TransformersTarget:
     def supervise(self, job: SupervisionJob) -> HostTensors:
         """Run the target on one job: one forward, then the head for the rows asked for."""
         columns = job.input_ids.shape[1]
-        if not job.exact and job.rows != "all":
+        if self._can_trim and not job.exact and job.rows != "all":
             columns = _used_columns(job)
         input_ids = job.input_ids[:, :columns].to(self._device)
         attention_mask = job.attention_mask[:, :columns].to(self._device)

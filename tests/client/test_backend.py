@@ -219,7 +219,7 @@ def test_num_remote_servers_is_two_requests_a_server(
         ({"urls": "http://a,http://a/"}, "named once"),
         ({"encoding": "topk"}, "'auto' or one of"),
         ({"rows": "some"}, "'loss_mask'"),
-        ({"output_dtype": torch.int64}, "float dtype"),
+        ({"output_dtype": torch.int64}, "float torch.dtype"),
         ({"timeout_s": -1}, "timeout_s"),
         ({"retry_for_s": float("nan")}, "retry_for_s"),
         ({"max_retries": -1}, "max_retries"),

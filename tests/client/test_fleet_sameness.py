@@ -1,0 +1,101 @@
+"""Servers that look alike but are not: never mixed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from eagle3_client import FingerprintMismatch, InvalidRequest, RemoteEagle3Error
+from eagle3_client.workers import DaemonWorkers
+from eagle3_server.fingerprint import model_fingerprint
+
+DRAFT_IDS = torch.arange(5, 65).flip(0)
+
+
+class TwoHosts(httpx.BaseTransport):
+    """`http://a` and `http://b` behind one transport."""
+
+    def __init__(self, a: httpx.BaseTransport, b: httpx.BaseTransport) -> None:
+        self.hosts = {"a": a, "b": b}
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return self.hosts[request.url.host].handle_request(request)
+
+
+def test_replicas_with_other_default_layers_give_the_same(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any
+) -> None:
+    bridges = [serve(build_model("llama"), aux_layer_ids=ids) for ids in ((1, 2, 3), (4, 5, 6))]
+    backend = connect(TwoHosts(*bridges), DRAFT_IDS, urls=["http://a", "http://b"])
+    first, *others = [backend.generate_batch(*batch_of(131)) for _ in range(4)]
+    for other in others:
+        assert torch.equal(first.aux_hidden_states, other.aux_hidden_states)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rms_norm_eps", 1e-3), ("rope_parameters", None)])
+def test_equal_weights_under_another_config_are_another_target(
+    build_model: Any, serve: Any, connect: Any, name: str, value: Any
+) -> None:
+    other = build_model("llama")
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    setattr(other.config, name, rope if value is None else value)
+    assert model_fingerprint(other) != model_fingerprint(build_model("llama"))
+    bridges = serve(build_model("llama")), serve(other)
+    with pytest.raises(FingerprintMismatch, match="fingerprint is"):
+        connect(TwoHosts(*bridges), urls=["http://a", "http://b"]).model_info()
+
+
+def test_where_a_checkpoint_lay_does_not_change_its_fingerprint(build_model: Any) -> None:
+    moved = build_model("llama")
+    moved.config._name_or_path = "/elsewhere"
+    moved.config.transformers_version = "5.0"
+    assert model_fingerprint(moved) == model_fingerprint(build_model("llama"))
+
+
+def test_a_backend_used_after_a_fork_says_so(
+    serve: Any, connect: Any, batch_of: Any, build_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = connect(serve(build_model("llama")), DRAFT_IDS)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(RemoteEagle3Error, match="before a fork"):
+        backend.generate_batch(*batch_of(131))
+
+
+def test_workers_refuse_work_after_close() -> None:
+    workers = DaemonWorkers(2, "test")
+    workers.close()
+    with pytest.raises(RemoteEagle3Error, match="closed"):
+        workers.submit(lambda: 1)
+
+
+def test_an_additive_mask_is_refused(
+    serve: Any, connect: Any, batch_of: Any, build_model: Any
+) -> None:
+    """Read as non-zero is true it would mean the opposite."""
+    inputs = batch_of(131)
+    additive = torch.where(inputs.attention_mask.bool(), 0.0, -torch.inf)
+    backend = connect(serve(build_model("llama")), DRAFT_IDS)
+    for mask in (additive, additive * 0 + torch.nan):
+        with pytest.raises(InvalidRequest, match="attention_mask must be non-zero where true"):
+            backend.generate_batch(inputs.input_ids, mask, inputs.loss_mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"token": "abc\n"}, "token must be printable"),
+        ({"timeout_s": float("inf")}, "timeout_s"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"output_dtype": "float32"}, "output_dtype"),
+        ({"urls": "http://a:1/v1"}, "without /v1"),
+        ({"device": "cuda:77"}, "cannot be used here"),
+    ],
+)
+def test_slips_are_named_at_once(connect: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        connect(**arguments)
+    assert "abc" not in str(caught.value)
