@@ -179,15 +179,16 @@ def test_an_answer_that_is_not_ours_is_kept_in_words_and_not_repeated(
     assert transport.attempts == 1
 
 
-def test_an_unknown_mapping_is_registered_again_only_once(
-    bridge: Any, flaky: Any, fail: Any, connect: Any, inputs: Any, draft_ids: Any
+@pytest.mark.parametrize("max_retries", [0, 2])
+def test_an_unknown_mapping_is_registered_again_on_every_attempt_and_is_bounded(
+    bridge: Any, flaky: Any, fail: Any, connect: Any, inputs: Any, draft_ids: Any, max_retries: int
 ) -> None:
-    """A server that forgets it every time would else be asked for ever."""
+    """Others' draft vocabs may push it out again and again; a repeat is bounded like any other."""
     forgotten = fail.status(409, problem("vocab_mapping_missing"))
     transport = flaky(bridge, forgotten, ...)
     with pytest.raises(RemoteEagle3Error, match="the server's words"):
-        connect(transport, draft_ids).generate_batch(*inputs)
-    assert transport.attempts == 2
+        connect(transport, draft_ids, max_retries=max_retries).generate_batch(*inputs)
+    assert transport.attempts == 2 * (max_retries + 1)
 
 
 @pytest.mark.parametrize("max_retries", [0, 2])
@@ -371,3 +372,11 @@ def test_a_mapping_survives_a_server_that_is_down_for_a_moment(
     backend = connect(httpx.MockTransport(answer), draft_ids)
     assert not failures
     backend.generate_batch(*inputs)
+
+
+def test_a_vocab_pushed_out_between_registering_and_asking_is_a_passing_failure(
+    bridge: Any, flaky: Any, fail: Any, connect: Any, inputs: Any, draft_ids: Any
+) -> None:
+    forgotten = fail.status(409, problem("vocab_mapping_missing"))
+    transport = flaky(bridge, forgotten, forgotten, forgotten)
+    connect(transport, draft_ids).generate_batch(*inputs)
