@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -74,6 +75,22 @@ def ratio(seconds: Seconds, numerator: str, denominator: str) -> dict[str, float
     pairs = zip(seconds[numerator], seconds[denominator], strict=True)
     ratios = [above / below for above, below in pairs]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of DESIGN section 9."""
+
+    what: str
+    at_most: float
+    unit: str = ""
+
+    def row(self, value: float, spread: str = "") -> list[str]:
+        """Return a table row with the verdict."""
+        verdict = "met" if value <= self.at_most else "**missed**"
+        digits = ",.0f" if self.unit else ".2f"
+        shown = f"{value:{digits}}{self.unit}{spread}"
+        return [self.what, shown, f"≤ {self.at_most:{digits}}{self.unit}", verdict]
 
 
 def hardware() -> str:

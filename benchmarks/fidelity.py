@@ -166,6 +166,8 @@ def compare(got: list[Eagle3TargetBatch], reference: list[Eagle3TargetBatch]) ->
         probs, expected = ours.target_probs[rows].double(), theirs.target_probs[rows].double()
         errors.append((probs - expected).abs().max())
         tiny = torch.finfo(torch.float64).tiny
+        # Float32 rows sum to 1 within rounding, which would drown the smallest divergences.
+        probs, expected = (p / p.sum(-1, keepdim=True) for p in (probs, expected))
         logs = expected.clamp_min(tiny).log() - probs.clamp_min(tiny).log()
         divergences.append((expected * logs).sum(-1))
         kept.append(probs.argmax(-1) == expected.argmax(-1))

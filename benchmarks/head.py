@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import httpx
 import torch
 from common import (
     RESULTS,
+    Target,
     caption,
     hardware,
     interleaved,
@@ -27,7 +28,8 @@ from common import (
     served,
     write_json,
 )
-from head_memory import peak_mib
+from head_bytes import sizes
+from head_memory import FIXED_MALLOC, peak_mib
 from head_model import (
     AUX_LAYER_IDS,
     ModelShape,
@@ -45,30 +47,12 @@ from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.exchange import TokenBatch as WireBatch
 from eagle3_schemas.exchange import pack_request
-from eagle3_schemas.frame import decode, encode
-from eagle3_schemas.messages import SupervisionResponse
+from eagle3_schemas.frame import decode
 from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, SUPERVISION_PATH
-from eagle3_schemas.supervision import pack_bits
 from eagle3_server import TransformersTarget
 from text import TokenBatch
 
 REAL = 0.27
-
-
-@dataclass(frozen=True)
-class Target:
-    """One line of DESIGN section 9."""
-
-    what: str
-    at_most: float
-    unit: str = ""
-
-    def row(self, value: float, spread: str = "") -> list[str]:
-        """Return a table row with the verdict."""
-        verdict = "met" if value <= self.at_most else "**missed**"
-        digits = ",.0f" if self.unit else ".2f"
-        shown = f"{value:{digits}}{self.unit}{spread}"
-        return [self.what, shown, f"≤ {self.at_most:{digits}}{self.unit}", verdict]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=512, help="T of all but the growth")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=["memory", "time", "trim", "bytes"])
-    parser.add_argument(
-        *("--trim-shape",), type=int, nargs=4, default=[576, 30, 49152, 12288], metavar="N"
-    )
+    trim_shape = [576, 30, 49152, 12288]  # H, L, V, D
+    parser.add_argument("--trim-shape", type=int, nargs=4, default=trim_shape)
     parser.add_argument("--results", type=Path, default=RESULTS / "head.json")
     arguments = parser.parse_args(argv)
     names = vars(ModelShape()).keys()
@@ -113,33 +96,38 @@ def memory(
 ) -> list[list[str]]:
     """Peak MiB above weights, each in a fresh process."""
     lengths = sorted({*arguments.lengths, arguments.length})
-    cases = [("served", "hidden", t, "float32") for t in lengths]
-    cases += [("head", "hidden", t, "float32") for t in lengths]
-    cases += [("colocated", "hidden", t, "float32") for t in lengths]
-    at = arguments.length
-    cases += [("backbone", "hidden", at, "float32")]
-    cases += [("served", encoding, at, "float32") for encoding in ("logits", "probs")]
-    cases += [(path, "hidden", at, "bfloat16") for path in ("served", "head", "colocated")]
+    paths, at = ("served", "head", "colocated"), arguments.length
+    cases = [(path, "hidden", t, "float32", "default") for path in paths for t in lengths]
+    cases += [("backbone", "hidden", at, "float32", "default")]
+    cases += [("served", encoding, at, "float32", "default") for encoding in ("logits", "probs")]
+    cases += [("served", "hidden", at, "float32", "fixed")]
+    cases += [(path, "hidden", at, "bfloat16", "default") for path in paths]
+    cases += [("served", "hidden", at, "bfloat16", "fixed")]
     peaks = {case: peak_mib(shape.arguments(), *case) for case in cases}
+    names = ("path", "encoding", "T", "dtype", "malloc")
     results["peak_mib"] = [
-        dict(zip(("path", "encoding", "T", "dtype", "peak_mib"), (*case, peak), strict=True))
-        for case, peak in peaks.items()
+        dict(zip((*names, "peak_mib"), (*case, peak), strict=True)) for case, peak in peaks.items()
     ]
     lines = [
-        [path, encoding if path in ("served", "head") else "-", dtype, str(length), f"{peak:,.0f}"]
-        for (path, encoding, length, dtype), peak in peaks.items()
+        [
+            *(path, encoding if path in ("served", "head") else "-", dtype, str(length), malloc),
+            f"{peak:,.0f}",
+        ]
+        for (path, encoding, length, dtype, malloc), peak in peaks.items()
     ]
     tables.append(
         f"Peak memory above weights, B {shape.batch_size}, H {shape.hidden_size}, "
         f"{shape.layers} layers, V {shape.vocab_size}, D {shape.draft_vocab_size}, "
-        f"{shape.supervised:.0%} supervised; `head` is the head alone, its output included:\n\n"
-        + markdown_table(["path", "encoding", "dtype", "T", "MiB"], lines)
+        f"{shape.supervised:.0%} supervised; `head` is the head alone, its output included; malloc "
+        f"`fixed` is {', '.join(f'{k}={v}' for k, v in FIXED_MALLOC.items())}:\n\n"
+        + markdown_table(["path", "encoding", "dtype", "T", "malloc", "MiB"], lines)
     )
     return [
-        Target(f"peak above weights, T {at}, `hidden`, {dtype}", 180, " MiB").row(
-            peaks["served", "hidden", at, dtype]
+        Target(f"peak above weights, T {at}, `hidden`, {dtype}, malloc {malloc}", 180, " MiB").row(
+            peaks["served", "hidden", at, dtype, malloc]
         )
         for dtype in ("bfloat16", "float32")
+        for malloc in ("default", "fixed")
     ]
 
 
@@ -274,48 +262,6 @@ def asking(
 def spread(values: dict[str, float], *, median: bool = True) -> str:
     shown = f" ({values['min']:.2f}-{values['max']:.2f})"
     return f"{values['median']:.2f}{shown}" if median else shown
-
-
-def sizes(
-    shape: ModelShape, arguments: argparse.Namespace, results: dict[str, Any], tables: list[str]
-) -> list[list[str]]:
-    """Bytes per token of real frames of the right shapes, every supervised row sent."""
-    targets = {
-        ("8B", 4096, 32000): Target("bytes/token, `hidden`, 8B (H 4096, D 32000)", 29_500, " B"),
-        ("SmolLM2", 576, 12288): Target("bytes/token, `hidden`, SmolLM2 (D 12288)", 4_200, " B"),
-    }
-    lines, rows = [], []
-    tokens = shape.batch_size * arguments.length
-    count = round(shape.supervised * tokens)
-    for (name, hidden, draft), target in targets.items():
-        widths = {"hidden": (hidden, 2), "logits": (draft, 2), "probs": (draft, 4)}
-        for encoding, (width, itemsize) in widths.items():
-            dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-            tensors = {
-                "aux_hidden_states": torch.zeros(tokens, 3 * hidden, dtype=torch.bfloat16),
-                "position_mask": pack_bits(torch.ones(tokens, dtype=torch.bool)),
-                "rows": torch.zeros(count, width, dtype=dtype),
-            }
-            fields = SupervisionResponse(
-                request_id="0" * 32,
-                fingerprint="0" * 16,
-                draft_vocab_digest="0" * 64,
-                aux_layer_ids=(1, 15, 28),
-                encoding=encoding,
-                rows="position_mask",
-                aux_dtype="model",
-            )
-            nbytes = encode(fields.model_dump(), tensors).nbytes / tokens
-            lines.append([name, encoding, f"{nbytes:,.0f}"])
-            if encoding == "hidden":
-                rows.append(target.row(nbytes))
-    results["bytes_per_token"] = lines
-    tables.append(
-        f"Bytes per token of a bf16 target's frame, {tokens} tokens, {shape.supervised:.0%} "
-        "supervised and all of these in the draft vocab:\n\n"
-        + markdown_table(["target", "encoding", "bytes/token"], lines)
-    )
-    return rows
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,9 +29,14 @@ from eagle3_server.forward import forward_with_aux
 from eagle3_server.supervise import supervise_rows
 
 PATHS = ("served", "colocated", "backbone", "head")
+FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+"""glibc raises this threshold up to 32 MiB as large blocks are freed, and then keeps such blocks;
+fixed, it gives each back at once: what is left is what the request really needs."""
 
 
-def peak_mib(arguments: list[str], path: str, encoding: str, length: int, dtype: str) -> float:
+def peak_mib(
+    arguments: list[str], path: str, encoding: str, length: int, dtype: str, malloc: str = "default"
+) -> float:
     """Return the peak of one batch in a fresh process, MiB above weights.
 
     Args:
@@ -40,11 +46,13 @@ def peak_mib(arguments: list[str], path: str, encoding: str, length: int, dtype:
         encoding: of the served rows.
         length: T.
         dtype: of the model.
+        malloc: `default`, or `fixed` for `FIXED_MALLOC`.
     """
+    environment = os.environ | (FIXED_MALLOC if malloc == "fixed" else {})
     command = [sys.executable, __file__, *arguments, "--path", path, "--encoding", encoding]
     command += ["--length", str(length), "--dtype", dtype]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     ) as child:
         assert child.stdout is not None
         assert child.stdin is not None

@@ -52,7 +52,7 @@ class ModelShape:
 
 
 def make_model(shape: ModelShape, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Return a Llama with heads of 64, two or three queries a key and an MLP of 2.75 H; random weights."""
+    """Return a random Llama: heads of 64, two or three queries a key, an MLP of 2.75 H."""
     torch.manual_seed(0)
     heads = max(1, shape.hidden_size // 64)
     config = LlamaConfig(
