@@ -15,8 +15,8 @@ from eagle3_client.config import (
     DEFAULT_RETRY_FOR_S,
     DEFAULT_TIMEOUT_S,
     ClientSettings,
+    check_device,
     split_urls,
-    usable_device,
 )
 from eagle3_client.fleet import Fleet
 from eagle3_client.results import RemoteBatchHandle, TargetEmbeddings
@@ -26,11 +26,10 @@ from eagle3_client.workers import DaemonWorkers
 from eagle3_schemas import DraftVocab, Eagle3TargetBackend, Eagle3TargetBatch, ModelInfo
 from eagle3_schemas.errors import (
     InvalidRequest,
-    PackingUnsupported,
     RemoteEagle3Error,
     VocabMappingMissing,
 )
-from eagle3_schemas.exchange import check_is_dense
+from eagle3_schemas.exchange import check_is_dense, refuse_packing
 from eagle3_schemas.messages import AuxDtype, Rows
 
 
@@ -81,7 +80,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     ) -> None:
         self._settings = ClientSettings(
             urls=split_urls(urls),
-            device=usable_device(device),
+            device=torch.device(device),
             token=token,
             aux_layer_ids=None if aux_layer_ids is None else tuple(aux_layer_ids),
             encoding=encoding,
@@ -94,6 +93,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             max_retries=max_retries,
             max_in_flight=max_in_flight,
         )
+        check_device(self._settings.device)
         self._retrier = Retrier(retry_for_s, max_retries)
         self._fleet = Fleet(self._settings, transport)
         self._workers = DaemonWorkers(self._settings.in_flight, "eagle3-request")
@@ -116,20 +116,17 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         """Build a backend with the names of NeMo AutoModel's client.
 
         Args:
-            urls: as in the constructor.
+            urls: as in the constructor, like the others that are not listed here.
             device: as in the constructor.
-            timeout: `timeout_s`.
-            max_retries: as in the constructor; None leaves it to `retry_for_s`.
+            timeout: the constructor's `timeout_s`.
+            max_retries: None leaves it to `retry_for_s`.
             kwargs: any other argument of the constructor.
         """
         return cls(urls, device=device, timeout_s=timeout, max_retries=max_retries, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def from_env(cls, **kwargs: object) -> RemoteEagle3Backend:
-        """Build a backend from EAGLE3_URLS (comma-separated) and EAGLE3_TOKEN.
-
-        Args:
-            kwargs: any other argument of the constructor.
+        """Build a backend from EAGLE3_URLS (comma-separated) and EAGLE3_TOKEN; the rest by name.
 
         Raises:
             InvalidRequest: EAGLE3_URLS is not set.
@@ -171,10 +168,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         return self._retrier.call(self._fleet.model_info, "model info")
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Block until every server's target is loaded.
-
-        Args:
-            timeout: seconds to wait; None waits `retry_for_s`.
+        """Block until every server's target is loaded, at most `timeout` seconds (`retry_for_s`).
 
         Raises:
             RemoteEagle3Error: not ready in time, with the last reason; or waiting does not help.
@@ -266,8 +260,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     ) -> RemoteBatchHandle:
         """Start `generate_batch` and return a handle; arguments are copied before it returns.
 
-        A request beyond `num_remote_servers` waits its turn. Errors in the arguments are raised
-        here, all others by the handle.
+        A request beyond `num_remote_servers` waits. Bad arguments raise here, the rest later.
         """
         submission = self._submission(
             input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining
@@ -292,15 +285,8 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         if self._closed:
             raise RemoteEagle3Error("the backend was closed; build a new one")
         if os.getpid() != self._pid:
-            raise RemoteEagle3Error(
-                "the backend was built before a fork, and its sockets belong to the parent; build "
-                "one in this process"
-            )
-        if any(extra is not None for extra in packing):
-            raise PackingUnsupported(
-                "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; "
-                "send one document per row"
-            )
+            raise RemoteEagle3Error("the backend was built before a fork; build one here")
+        refuse_packing(*packing)
         if (vocab := self._draft_vocab) is None:
             raise VocabMappingMissing("no draft vocab is set; call set_vocab_mapping first")
         return Submission.build(

@@ -19,7 +19,7 @@ DEFAULT_RETRY_FOR_S = 900.0
 
 DEFAULT_TIMEOUT_S = 120.0
 
-_TOKEN = re.compile(r"[!-~]+")
+_TOKEN = re.compile(r"[!-~]*")
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,14 @@ def choose_encoding(settings: ClientSettings, info: ModelInfo) -> str:
     return "probs" if info.dtype == "float32" else "logits"
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device, after proving that tensors can be put there.
-
-    Raises:
-        InvalidRequest: they cannot; found out now rather than with the first batch.
-    """
+def check_device(device: torch.device) -> None:
+    """Raise InvalidRequest if no tensor can be put there: now rather than with the first batch."""
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         raise InvalidRequest(
             f"device {str(device)!r} cannot be used here: {exc}. Name one that this process has"
         ) from exc
-    return found
 
 
 def split_urls(urls: str | Sequence[str]) -> tuple[str, ...]:

@@ -70,7 +70,9 @@ class Submission:
             request_id=uuid.uuid4().hex,
             draft_vocab_digest=draft_vocab.digest,
             # Never left to the server: replicas, or one that restarts, may have other defaults.
-            aux_layer_ids=settings.aux_layer_ids or info.aux_layer_ids,
+            aux_layer_ids=(
+                info.aux_layer_ids if settings.aux_layer_ids is None else settings.aux_layer_ids
+            ),
             encoding=choose_encoding(settings, info),
             rows=settings.rows,
             aux_dtype=settings.aux_dtype,

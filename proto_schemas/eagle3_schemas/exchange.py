@@ -15,7 +15,7 @@ from eagle3_schemas.aux_states import aux_shapes, decode_aux
 from eagle3_schemas.draft_head import DraftHead, LogitsTransform
 from eagle3_schemas.draft_vocab import DraftVocab
 from eagle3_schemas.encodings import ENCODINGS
-from eagle3_schemas.errors import InvalidRequest, MalformedPayload
+from eagle3_schemas.errors import InvalidRequest, MalformedPayload, PackingUnsupported
 from eagle3_schemas.frame import EncodedFrame, Frame, encode
 from eagle3_schemas.messages import (
     DraftHeadFields,
@@ -41,6 +41,15 @@ def check_is_dense(name: str, tensor: object) -> None:
         raise InvalidRequest(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InvalidRequest(f"{name} must be a dense tensor with data; got {tensor.layout}")
+
+
+def refuse_packing(*packing: torch.Tensor | None) -> None:
+    """Raise PackingUnsupported if any packing tensor was given."""
+    if any(tensor is not None for tensor in packing):
+        raise PackingUnsupported(
+            "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; send "
+            "one document per row"
+        )
 
 
 def check_batch_shapes(

@@ -15,7 +15,8 @@ from eagle3_schemas import (
     shift_left_with_zero,
     validate_aux_layer_ids,
 )
-from eagle3_schemas.errors import InvalidRequest, PackingUnsupported
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.exchange import refuse_packing
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.layout import decoder_layers
 
@@ -77,11 +78,7 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
             PackingUnsupported: `position_ids`, `seq_lens` or `doc_remaining` were given.
             InvalidRequest: the masks' shapes differ from [B, T].
         """
-        if any(extra is not None for extra in (position_ids, seq_lens, doc_remaining)):
-            raise PackingUnsupported(
-                "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; "
-                "send one document per row"
-            )
+        refuse_packing(position_ids, seq_lens, doc_remaining)
         for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
             if mask.shape != input_ids.shape or input_ids.ndim != 2:
                 raise InvalidRequest(
