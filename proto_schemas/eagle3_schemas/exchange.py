@@ -74,10 +74,10 @@ def check_batch_shapes(
                 f"{name} must have the shape of input_ids, {list(input_ids.shape)}; got "
                 f"{list(mask.shape)}"
             )
-        if mask.dtype is not torch.bool and not bool((mask >= 0).all()):
+        if mask.is_floating_point() and not bool((mask.float() > -1e4).all()):
             # An additive mask (0 attends, -inf does not) would be read the wrong way round.
             raise InvalidRequest(
-                f"{name} must be non-zero where true and 0 elsewhere; got negative values or NaN. "
+                f"{name} must be non-zero where true and 0 elsewhere; got NaN or below -1e4. "
                 "Pass the 2-D mask of the tokenizer, not an additive one"
             )
 
