@@ -50,8 +50,9 @@ class ServerSettings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     """Largest request body, bytes. Who registers draft vocabs of more than 8 million ids."""
     head_chunk_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
-    """Memory the full-vocab logits of one chunk of rows may take, bytes. Who is short of device
-    memory, or has a GPU that larger matmuls keep busier."""
+    """Memory the full-vocab logits of one chunk of rows may take, bytes; a plain head on the CPU
+    takes 4 MiB at most, which stay in the cache. Who is short of device memory, or has a GPU that
+    larger matmuls keep busier."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 64
     """Requests that may wait for the model. Who has more than 32 trainers on one server."""
     max_draft_vocabs: Annotated[int, Field(ge=1)] = 64
