@@ -26,7 +26,8 @@ def test_a_port_in_use_ends_the_command_before_anything_is_loaded() -> None:
         # The model does not exist: were it loaded first, the message would be about it.
         result = CliRunner().invoke(app, ["serve", "/no/such/model", "--port", str(port)])
     assert result.exit_code == 2
-    assert f"cannot listen on 127.0.0.1 port {port}; choose another --port" in result.output
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in result.output
+    assert "choose another --port" in result.output
 
 
 SERVER_THAT_LOADS_FOR_EVER = """

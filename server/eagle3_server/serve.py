@@ -62,7 +62,9 @@ def serve(settings: ServerSettings) -> int:
         log_config=None,
     )
     server = uvicorn.Server(config)
-    listener = _listen(config)  # before loading: a port in use must not cost minutes
+    listener = _listen(
+        settings.host, settings.port
+    )  # before loading: a port in use must not cost minutes
     host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     logger.info("loading %s", settings.model)
@@ -78,12 +80,13 @@ def serve(settings: ServerSettings) -> int:
     return 1 if failures or not server.started else 0
 
 
-def _listen(config: uvicorn.Config) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return config.bind_socket()
-    except SystemExit as exc:  # uvicorn's way to say so; the reason is in the log
+        return socket.create_server((host, port), family=family)
+    except OSError as exc:
         raise InvalidRequest(
-            f"cannot listen on {config.host} port {config.port}; choose another --port or --host"
+            f"cannot listen on {host} port {port}: {exc.strerror}; choose another --port or --host"
         ) from exc
 
 
