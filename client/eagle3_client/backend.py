@@ -195,12 +195,11 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     ) -> None:
         """Register a draft vocab on every server and use it for the batches requested from now on.
 
-        Requests already submitted keep theirs. Safe to repeat, and to call with tensors on any
-        device; on an error the former mapping stays.
+        Requests already submitted keep theirs. Safe to repeat; on an error the former one stays.
 
         Args:
-            selected_token_ids: [D] distinct target ids in any order; the order is kept.
-            selected_token_mask: [V], true for exactly those ids.
+            selected_token_ids: [D] distinct ids in any order, which is kept; on any device.
+            selected_token_mask: [V], true for exactly those ids; on any device.
 
         Raises:
             InvalidRequest: repeated ids, ids outside [0, V), or a mask that marks another set.
@@ -215,10 +214,8 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
                 f"width of its logits); got [{selected_token_mask.numel()}]"
             )
         for connection in self._fleet.connections:
-            self._retrier.call(
-                lambda to=connection: to.ensure_registered(vocab, info.vocab_size),  # type: ignore[misc]
-                "draft vocab",
-            )
+            register = partial(connection.ensure_registered, vocab, info.vocab_size)
+            self._retrier.call(register, "draft vocab")
         self._draft_vocab = vocab
 
     def generate_batch(
@@ -230,7 +227,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         seq_lens: torch.Tensor | None = None,
         doc_remaining: torch.Tensor | None = None,
     ) -> Eagle3TargetBatch:
-        """Get one batch's supervision from a server; blocks. Arguments as `Eagle3TargetBackend`.
+        """Get one batch's supervision from a server; blocks. Arguments as in the interface.
 
         Returns:
             `aux_hidden_states` [B, T, 3H] (model dtype or `output_dtype`; zeros where not

@@ -93,6 +93,7 @@ class Eagle3TargetBackend(ABC):
         Raises:
             NotImplementedError: this backend is synchronous; call `generate_batch`.
         """
+        # Not abstract: a synchronous backend is whole without it, and callers ask supports_async.
         raise NotImplementedError(
             f"{type(self).__name__} is synchronous (supports_async is False); call generate_batch"
         )
