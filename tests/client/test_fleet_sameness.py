@@ -79,7 +79,7 @@ def test_an_additive_mask_is_refused(
     inputs = batch_of(131)
     additive = torch.where(inputs.attention_mask.bool(), 0.0, -torch.inf)
     backend = connect(serve(build_model("llama")), DRAFT_IDS)
-    for mask in (additive, additive * 0 + torch.nan):
+    for mask in (additive, additive.clamp(min=-1e9), torch.full_like(additive, torch.nan)):
         with pytest.raises(InvalidRequest, match="attention_mask must be non-zero where true"):
             backend.generate_batch(inputs.input_ids, mask, inputs.loss_mask)
 
