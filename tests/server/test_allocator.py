@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-# Blocks of 16 MiB, freed and asked for again, raise glibc's threshold; of those below it the last
-# one keeps all the others in the heap.
+# Blocks of 16 MiB, freed and asked for again, raise glibc's threshold. Blocks below it then lie in
+# the heap, and a smaller one that is still used above each keeps it there when it is freed.
 CHURN = """
 import sys, torch
 from eagle3_server.allocator import return_large_blocks
@@ -16,8 +16,8 @@ if sys.argv[1] == "fixed":
     assert return_large_blocks()
 for _ in range(4):
     torch.ones(4 << 20)
-blocks = [torch.ones(2 << 20) for _ in range(16)]
-pin = torch.ones(1 << 10)
+blocks = [(torch.ones(2 << 20), torch.ones(1 << 17)) for _ in range(16)]
+pins = [pin for _, pin in blocks]
 blocks.clear()
 with open("/proc/self/statm") as file:
     print(int(file.read().split()[1]) * 4096)
