@@ -27,7 +27,7 @@ torch.set_num_threads(2)  # equal bits need equal thread counts
 
 # `make test` is the same every time; `make soak` looks elsewhere each time, for longer.
 settings.register_profile("every-time", max_examples=200, derandomize=True, deadline=None)
-settings.register_profile("soak", max_examples=100_000, derandomize=False, deadline=None)
+settings.register_profile("soak", max_examples=50_000, derandomize=False, deadline=None)
 settings.load_profile("every-time")
 
 PATIENCE_S = 60.0
