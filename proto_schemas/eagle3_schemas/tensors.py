@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -119,5 +120,12 @@ def checksum_on_device(tensor: torch.Tensor) -> torch.Tensor:
 
 def checksum(tensor: torch.Tensor) -> Checksum:
     """Return a tensor's checksum as two unsigned 64-bit integers (waits for the device)."""
-    plain, weighted = checksum_on_device(tensor).tolist()
-    return plain & _MASK64, weighted & _MASK64
+    return checksums([tensor])[0]
+
+
+def checksums(tensors: Sequence[torch.Tensor]) -> list[Checksum]:
+    """Return the checksums of tensors on one device; waits for it once."""
+    if not tensors:
+        return []
+    sums = torch.stack([checksum_on_device(tensor) for tensor in tensors]).tolist()
+    return [(plain & _MASK64, weighted & _MASK64) for plain, weighted in sums]

@@ -105,7 +105,8 @@ def create_app(
         """The head's rows of a registered draft vocab, a frame with `weight` and maybe `bias`."""
         target = service.loaded()
         vocab = service.draft_vocabs.get(digest)
-        result, transform = await service.compute(lambda: target.draft_head(vocab), request)
+        result = await service.compute(lambda: target.draft_head(vocab), request)
+        transform = target.describe().transform
         fields = DraftHeadFields(
             fingerprint=target.describe().fingerprint,
             draft_vocab_digest=vocab.digest,

@@ -35,6 +35,7 @@ class TargetDescription:
     head: Literal["full", "rows"]
     head_reason: str | None
     encodings: tuple[EncodingName, ...]
+    transform: LogitsTransform  # what follows the head, for who applies its rows
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,27 @@ class SupervisionJob:
 
 
 @dataclass(frozen=True)
+class DeviceTensors:
+    """A result on the target's device, perhaps not finished there."""
+
+    tensors: dict[str, torch.Tensor]
+    is_constant: bool = False
+    """Whether they are weights, which never change, rather than this result's own memory."""
+    ready: torch.cuda.Event | None = None
+    """On a GPU: recorded when all work on the tensors has been queued. Set by `queued`."""
+
+    @classmethod
+    def queued(
+        cls, tensors: dict[str, torch.Tensor], device: torch.device, *, is_constant: bool = False
+    ) -> DeviceTensors:
+        """Build a result whose work has been queued on the current stream of `device`."""
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return cls(tensors, is_constant, ready)
+
+
+@dataclass(frozen=True)
 class HostTensors:
-    """Results in host memory, each with the checksum taken where it was computed."""
+    """A result in host memory, each tensor with the checksum taken where it was computed."""
 
     tensors: dict[str, torch.Tensor]
     checksums: dict[str, Checksum]
@@ -69,18 +89,18 @@ class Target(Protocol):
     def describe(self) -> TargetDescription:
         """Return what is served."""
 
-    def supervise(self, job: SupervisionJob) -> HostTensors:
+    def supervise(self, job: SupervisionJob) -> DeviceTensors:
         """Run one job; `SupervisionResponse` lists the tensors.
 
         Raises:
             TargetFailed: non-finite values, or the forward failed.
         """
 
-    def input_embeddings(self) -> HostTensors:
+    def input_embeddings(self) -> DeviceTensors:
         """Return `weight` [input_vocab_size, H], model dtype."""
 
-    def draft_head(self, draft_vocab: DraftVocab) -> tuple[HostTensors, LogitsTransform]:
-        """Return `weight` [D, H] and, if any, `bias` [D] of the head, and what follows it.
+    def draft_head(self, draft_vocab: DraftVocab) -> DeviceTensors:
+        """Return `weight` [D, H] and, if any, `bias` [D] of the head.
 
         Raises:
             InvalidRequest: the head is not a plain linear, so `hidden` is not offered.

@@ -1,12 +1,13 @@
-"""`Service`: the state behind the routes: the target, its compute thread, the draft vocabs."""
+"""`Service`: the state behind the routes: the target, its pipeline, the draft vocabs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from importlib.metadata import version
-from typing import TypeVar
 
 import torch
 from starlette.requests import Request
@@ -15,18 +16,22 @@ from eagle3_schemas import AUX_LAYER_CONVENTION, ModelInfo
 from eagle3_schemas.errors import NotReady
 from eagle3_schemas.messages import Limits
 from eagle3_server.asgi import request_id_of
-from eagle3_server.compute import ComputeThread
 from eagle3_server.config import ServerSettings
-from eagle3_server.engine import Target
+from eagle3_server.copying import HostCopier
+from eagle3_server.engine import DeviceTensors, HostTensors, Target
+from eagle3_server.stage import StageThread
 from eagle3_server.vocab import DraftVocabRegistry
 
-Result = TypeVar("Result")
+_UNCOPIED_RESULTS = 2  # one being copied and one just computed: bounds the device memory they take
 
 logger = logging.getLogger(__name__)
 
 
 class Service:
-    """Owns one target from loading to closing. Thread-safe.
+    """Owns one target from loading to closing, and the stages behind it. Thread-safe.
+
+    A request passes the compute thread, which alone owns the target, then the copy thread; the
+    event loop sends. Each works on the next request while the following one works on this.
 
     Args:
         target: a loaded target, or a function that loads one on the compute thread.
@@ -35,7 +40,10 @@ class Service:
 
     def __init__(self, target: Target | Callable[[], Target], settings: ServerSettings) -> None:
         self._settings = settings
-        self._compute = ComputeThread(settings.max_queued_requests)
+        self._compute = StageThread("compute", settings.max_queued_requests)
+        self._copy = StageThread("copy", _UNCOPIED_RESULTS)
+        self._uncopied = threading.BoundedSemaphore(_UNCOPIED_RESULTS)
+        self._copier: HostCopier | None = None
         self._load: Callable[[], Target] | None = None
         self._target: Target | None = None
         if callable(target):
@@ -67,6 +75,7 @@ class Service:
         """Finish what is queued, refuse the rest; safe to repeat. Does not wait for loading."""
         self._not_ready_reason = "the server is stopping"
         self._compute.close(wait=self._target is not None)
+        self._copy.close(wait=self._target is not None)
 
     def loaded(self) -> Target:
         """Return the target.
@@ -78,15 +87,39 @@ class Service:
             raise NotReady(self._not_ready_reason, retry_after_s=1.0)
         return self._target
 
-    async def compute(self, work: Callable[[], Result], request: Request) -> Result:
-        """Run work on the compute thread without blocking the event loop.
+    async def compute(self, work: Callable[[], DeviceTensors], request: Request) -> HostTensors:
+        """Run work on the compute thread and its result through the copy thread.
+
+        The event loop stays free, and the next work starts while this result is copied.
 
         Raises:
             QueueFull: too many requests wait.
             RemoteEagle3Error: what the work raised.
         """
-        future = self._compute.submit(work, request_id_of(request))
-        return await asyncio.wrap_future(future)
+        request_id = request_id_of(request)
+        computed = self._compute.submit(lambda: self._compute_one(work, request_id), request_id)
+        copied: Future[HostTensors] = await asyncio.wrap_future(computed)
+        return await asyncio.wrap_future(copied)
+
+    def _compute_one(
+        self, work: Callable[[], DeviceTensors], request_id: str
+    ) -> Future[HostTensors]:
+        """Compute on the calling thread and queue the copy, whose future is returned."""
+        self._uncopied.acquire()
+        try:
+            result = work()
+            copied = self._copy.submit(lambda: self._copy_one(result), request_id)
+        except BaseException:
+            self._uncopied.release()
+            raise
+        copied.add_done_callback(lambda _: self._uncopied.release())  # also if it is cancelled
+        return copied
+
+    def _copy_one(self, result: DeviceTensors) -> HostTensors:
+        """Copy on the calling thread."""
+        if self._copier is None:
+            self._copier = HostCopier(torch.device(self.loaded().describe().device))
+        return self._copier.to_host(result)
 
     def limits(self) -> Limits:
         """Return what one request may hold."""

@@ -21,8 +21,7 @@ from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest, TargetFailed
 from eagle3_schemas.supervision import pack_bits
-from eagle3_schemas.tensors import checksum
-from eagle3_server.engine import HostTensors, SupervisionJob, TargetDescription
+from eagle3_server.engine import DeviceTensors, SupervisionJob, TargetDescription
 from eagle3_server.fingerprint import model_fingerprint
 from eagle3_server.forward import ForwardResult, forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
@@ -108,18 +107,20 @@ class TransformersTarget:
                 if self._head is not None and self._head.is_plain_linear
                 else ("probs", "logits")
             ),
+            transform=LogitsTransform() if self._head is None else self._head.transform,
         )
 
     def describe(self) -> TargetDescription:
         """Return what is served."""
         return self._description
 
-    def input_embeddings(self) -> HostTensors:
-        """Return the input embeddings' `weight` in host memory, with its checksum."""
-        return _to_host({"weight": self._embedding_weight().detach()})
+    def input_embeddings(self) -> DeviceTensors:
+        """Return the input embeddings' `weight`."""
+        weight = self._embedding_weight().detach()
+        return DeviceTensors.queued({"weight": weight}, self._device, is_constant=True)
 
-    def draft_head(self, draft_vocab: DraftVocab) -> tuple[HostTensors, LogitsTransform]:
-        """Return the head's rows for a draft vocab, and what follows them; see `Target`."""
+    def draft_head(self, draft_vocab: DraftVocab) -> DeviceTensors:
+        """Return the head's rows for a draft vocab; see `Target`."""
         if self._head is None or not self._head.is_plain_linear:
             raise InvalidRequest(
                 "encoding 'hidden' needs a head that is a plain linear, which this target's is "
@@ -128,9 +129,9 @@ class TransformersTarget:
         ids, _ = self._draft_vocab(draft_vocab)
         weight, bias = self._head.draft_rows(ids)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        return _to_host(tensors), self._head.transform
+        return DeviceTensors.queued(tensors, self._device)
 
-    def supervise(self, job: SupervisionJob) -> HostTensors:
+    def supervise(self, job: SupervisionJob) -> DeviceTensors:
         """Run the target on one job: one forward, then the head for the rows asked for."""
         columns = job.input_ids.shape[1]
         if self._can_trim and not job.exact and job.rows != "all":
@@ -161,12 +162,13 @@ class TransformersTarget:
         )
         position_mask = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=self._device)
         position_mask[:, :columns] = shift_left_with_zero(supervision.position_mask)
-        return _to_host(
+        return DeviceTensors.queued(
             {
                 **encode_aux(attended, job.aux_dtype),
                 "position_mask": pack_bits(position_mask),
                 encoding.tensor_name: supervision.rows,
-            }
+            },
+            self._device,
         )
 
     def _rows_head(self, job: SupervisionJob) -> RowsHead | None:
@@ -220,12 +222,6 @@ class TransformersTarget:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _to_host(tensors: dict[str, torch.Tensor]) -> HostTensors:
-    """Take each checksum where the tensor was computed, then copy it to the host."""
-    checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-    return HostTensors({name: t.contiguous().cpu() for name, t in tensors.items()}, checksums)
 
 
 def _used_columns(job: SupervisionJob) -> int:

@@ -185,7 +185,7 @@ class Case:
 
     @cached_property
     def transform(self) -> Any:
-        return self.target.draft_head(draft_vocab())[1]
+        return self.description.transform
 
     def expected(self, job: SupervisionJob) -> Expected:
         return run_full_path(self.oracle, self.family, job)
@@ -199,10 +199,9 @@ class Case:
         encoding = ENCODINGS[job.encoding]
         draft_head = None
         if encoding.needs_draft_head:
-            parts, transform = target.draft_head(job.draft_vocab)
-            draft_head = DraftHead.build(
-                parts.tensors["weight"], parts.tensors.get("bias"), transform
-            )
+            parts = target.draft_head(job.draft_vocab).tensors
+            transform = target.describe().transform
+            draft_head = DraftHead.build(parts["weight"], parts.get("bias"), transform)
         return Got(
             aux=tensors["aux_hidden_states"],
             position_mask=unpack_bits(tensors["position_mask"], (B, T)),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eagle3_schemas.draft_head import LogitsTransform
-from eagle3_server.engine import HostTensors
+from eagle3_server.engine import DeviceTensors
 from eagle3_server.forward import forward_logits
 from eagle3_server.head import RowsHead
 
@@ -44,7 +44,7 @@ def hooks_left(model: nn.Module) -> int:
     )
 
 
-def equal_results(got: HostTensors, expected: HostTensors) -> None:
+def equal_results(got: DeviceTensors, expected: DeviceTensors) -> None:
     assert list(got.tensors) == list(expected.tensors)
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(got.tensors[name], tensor, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""`ComputeThread`: the one thread that owns the model, behind a bounded queue."""
+"""`StageThread`: one stage of the server's pipeline: a thread behind a bounded queue."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class ComputeThread:
+class StageThread:
     """Runs callables one after another, in the order they were submitted. Thread-safe.
 
     No caller can forget a lock, and the event loop stays free during a forward.
 
     Args:
+        name: the thread's name.
         max_queued: callables that may wait; one more is refused with QueueFull.
     """
 
-    def __init__(self, max_queued: int) -> None:
+    def __init__(self, name: str, max_queued: int) -> None:
+        self._name = name
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._max_queued = max_queued
         self._lock = threading.Lock()
@@ -71,7 +73,7 @@ class ComputeThread:
                 )
             if self._thread is None:
                 # A daemon, so that a forward that hangs cannot keep a dying process alive.
-                self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
+                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
                 self._thread.start()
             self._queue.put(run)
         return future
@@ -93,3 +95,4 @@ class ComputeThread:
     def _loop(self) -> None:
         while (run := self._queue.get()) is not None:
             run()
+            del run  # an idle thread must not keep a result alive
