@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +49,13 @@ def serve(
         typer.Option(help="Address to listen on [127.0.0.1]. Wider needs EAGLE3_TOKEN."),
     ] = None,
     port: Annotated[int | None, typer.Option(help="TCP port; 0 takes a free one [8001].")] = None,
+    unix_socket: Annotated[
+        Path | None, typer.Option(help="Listen on this Unix socket too (mode 0600).")
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM certificate chain; the port then speaks https.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key of the certificate.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option(

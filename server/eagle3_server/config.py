@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
@@ -27,6 +28,13 @@ class ServerSettings(BaseSettings):
     """Address to listen on. Who serves trainers on other hosts: 0.0.0.0, with a token."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8001
     """TCP port; 0 takes a free one. Who runs several servers on a host."""
+    unix_socket: Path | None = None
+    """Listen on this Unix socket too, mode 0600. Who runs trainers beside the server, as the same
+    user: it is faster than loopback TCP."""
+    tls_certificate: Path | None = None
+    """PEM certificate chain; the TCP port then speaks https. Who crosses a network of others."""
+    tls_key: Path | None = None
+    """PEM private key of the certificate, if that file does not hold it. Who sets the former."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; auto is bfloat16 on CUDA and float32 on the CPU. Who needs exact
     equality with a co-located target of another dtype."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
+import signal
 import socket
+import ssl
 import sys
 import threading
 import time
+from types import FrameType
 
 import transformers
 import uvicorn
@@ -18,6 +20,7 @@ from eagle3_server.allocator import return_large_blocks
 from eagle3_server.app import create_app
 from eagle3_server.config import ServerSettings, unknown_variables
 from eagle3_server.engine import TargetDescription
+from eagle3_server.listening import is_loopback, listen_tcp, listen_unix, remove_unix
 from eagle3_server.loading import load_target
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -47,7 +50,7 @@ def serve(settings: ServerSettings) -> int:
         finally:
             loading_ended.set()
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
-        logger.info("ready: trainers use %s", url)
+        logger.info("ready: trainers use %s", " or ".join(urls))
         return target
 
     def stop(error: BaseException) -> None:
@@ -55,41 +58,59 @@ def serve(settings: ServerSettings) -> int:
         server.should_exit = True
 
     app = create_app(load, settings, on_load_failure=stop)
+    # Both are faster than what uvicorn falls back to without a word where they are missing.
+    on_windows = sys.platform == "win32"
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
+        http="h11" if on_windows else "httptools",
+        loop="asyncio" if on_windows else "uvloop",
         timeout_keep_alive=_KEEP_ALIVE_S,
         access_log=False,
         log_config=None,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
     )
-    server = uvicorn.Server(config)
-    listener = _listen(
-        settings.host, settings.port
-    )  # before loading: a port in use must not cost minutes
+    server = _Server(config)
+    listeners = [listen_tcp(settings.host, settings.port)]
     host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    scheme = "http" if settings.tls_certificate is None else "https"
+    urls = [f"{scheme}://{host}:{listeners[0].getsockname()[1]}"]
+    if settings.unix_socket is not None:
+        listeners.append(listen_unix(settings.unix_socket))
+        urls.append(f"unix://{settings.unix_socket.absolute()}")
     logger.info("loading %s", settings.model)
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     finally:
+        if settings.unix_socket is not None:
+            remove_unix(settings.unix_socket)
         if not loading_ended.is_set():
             # The thread that loads cannot be interrupted, and torch aborts an interpreter that
             # exits under it.
             logger.info("stopped while loading")
             logging.shutdown()
-            os._exit(1)
+            os._exit(0 if server.was_terminated else 1)
     return 1 if failures or not server.started else 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as exc:
-        raise InvalidRequest(
-            f"cannot listen on {host} port {port}: {exc.strerror}; choose another --port or --host"
-        ) from exc
+class _Server(uvicorn.Server):
+    """Ends with exit code 0 on SIGTERM, at once on a second one.
+
+    uvicorn's own raises a caught signal again when it has stopped, so that the process dies of it
+    before it has tidied up.
+    """
+
+    was_terminated = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal; the event loop acts on it."""
+        if sig != signal.SIGTERM:
+            super().handle_exit(sig, frame)
+            return
+        self.force_exit = self.was_terminated
+        self.was_terminated = self.should_exit = True
 
 
 def _check(settings: ServerSettings) -> None:
@@ -105,21 +126,28 @@ def _check(settings: ServerSettings) -> None:
             f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
             "see `eagle3-remote serve --help`, and unset or correct them"
         )
-    if not (_is_loopback(settings.host) or settings.tokens() or settings.insecure):
+    if settings.tls_certificate is not None:
+        if settings.unix_socket is not None:
+            raise InvalidRequest(
+                "--unix-socket and --tls-certificate cannot be had together: the Unix socket would "
+                "ask for TLS too; run one server for each, or leave one out"
+            )
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except (OSError, ssl.SSLError) as exc:
+            raise InvalidRequest(
+                f"cannot use --tls-certificate {settings.tls_certificate} with --tls-key "
+                f"{settings.tls_key}: {exc}; give a PEM certificate chain and its unencrypted key"
+            ) from exc
+    elif settings.tls_key is not None:
+        raise InvalidRequest("--tls-key needs --tls-certificate, its PEM certificate chain")
+    if not (is_loopback(settings.host) or settings.tokens() or settings.insecure):
         raise InvalidRequest(
             f"--host {settings.host} lets other hosts in, and no token is set. Run\n"
             "  export EAGLE3_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))')\n"
             "and give trainers the same variable; or add --insecure on a network of your own"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _summary(target: TargetDescription, seconds: float) -> str:

@@ -1,0 +1,82 @@
+"""Where the server listens: sockets opened before loading, since a port in use must not cost it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from eagle3_schemas.errors import InvalidRequest
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Open a listening TCP socket; port 0 takes a free one.
+
+    Raises:
+        InvalidRequest: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as exc:
+        raise InvalidRequest(
+            f"cannot listen on {host} port {port}: {exc.strerror}; choose another --port or --host"
+        ) from exc
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Open a listening Unix socket that only this user can connect to (mode 0600).
+
+    A socket file that a dead server left is replaced; `remove_unix` removes it when done.
+
+    Raises:
+        InvalidRequest: the path is taken, too long, or cannot be written.
+    """
+    _remove_if_dead(path)
+    listener = socket.socket(socket.AF_UNIX)
+    # Between bind and chmod others could connect, so the file must never have had a wider mode.
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except OSError as exc:
+        listener.close()
+        raise InvalidRequest(
+            f"cannot listen on the Unix socket {path}: {exc.strerror or exc}; choose another "
+            "--unix-socket"
+        ) from exc
+    finally:
+        os.umask(before)
+    listener.listen(socket.SOMAXCONN)
+    return listener
+
+
+def remove_unix(path: Path) -> None:
+    """Remove a socket file, if it is there."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a socket that nobody listens on; anything else is left for `bind` to refuse."""
+    try:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            return
+    except OSError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+            remove_unix(path)
