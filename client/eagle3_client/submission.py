@@ -9,6 +9,7 @@ import torch
 
 from eagle3_client.config import ClientSettings, choose_encoding
 from eagle3_client.connection import Connection
+from eagle3_client.device import beside_the_trainer
 from eagle3_client.fleet import Fleet
 from eagle3_schemas import DraftVocab, Eagle3TargetBatch, ModelInfo, shift_left_with_zero
 from eagle3_schemas.draft_head import DraftHead
@@ -127,16 +128,17 @@ class Submission:
                 request_id=self.request_id,
             )
         try:
-            _, supervision = unpack_response(
-                frame,
-                self.request,
-                self.sent,
-                hidden_size=info.hidden_size,
-                dtype=DTYPES[info.dtype],
-                draft_vocab_size=self.draft_vocab.draft_vocab_size,
-                draft_head=head,
-                device=self.settings.device,
-            )
+            with beside_the_trainer(self.settings.device):
+                _, supervision = unpack_response(
+                    frame,
+                    self.request,
+                    self.sent,
+                    hidden_size=info.hidden_size,
+                    dtype=DTYPES[info.dtype],
+                    draft_vocab_size=self.draft_vocab.draft_vocab_size,
+                    draft_head=head,
+                    device=self.settings.device,
+                )
         except InvalidRequest as exc:
             # Its checksums are right, so a repeat would bring the same.
             raise ProtocolMismatch(
@@ -168,7 +170,8 @@ class Submission:
                     f"exact=True forbids output_dtype {output_dtype}, which cannot hold every "
                     f"{aux.dtype} of the target; drop one of the two"
                 )
-            aux = aux.to(output_dtype)
+            with beside_the_trainer(self.settings.device):
+                aux = aux.to(output_dtype)
         return Eagle3TargetBatch(
             aux_hidden_states=aux,
             input_ids=self.input_ids,

@@ -245,7 +245,8 @@ def unpack_response(
         raise MalformedPayload(
             f"expected {encoding.tensor_name} [{count}, {columns}] {dtypes[0]}, got {got}"
         )
-    on_device = {name: tensor.to(device) for name, tensor in frame.tensors.items()}
+    # From pinned memory the copies only start here; the caller waits before it reuses that.
+    on_device = {name: t.to(device, non_blocking=True) for name, t in frame.tensors.items()}
     probs = encoding.decode(on_device[encoding.tensor_name], draft_head)
     aux = decode_aux(on_device, request.aux_dtype, dtype)
     target_probs = scatter_rows(probs, mask.to(device))
@@ -294,6 +295,4 @@ def _expect(frame: Frame, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def _names(dtypes: dict[str, torch.dtype]) -> str:
-    return ", ".join(
-        f"{name} {str(d).removeprefix('torch.')}" for name, d in sorted(dtypes.items())
-    )
+    return ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in sorted(dtypes.items()))
