@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 # Before torch loads it: threads that spin while they wait make a busy machine five times slower.
@@ -319,20 +320,31 @@ def connect(
 
 @pytest.fixture
 def live_server() -> Iterator[Callable[..., str]]:
-    """`live_server(model_or_target, **settings)`: the URL of a uvicorn on a free port."""
+    """`live_server(model_or_target, **settings)`: the URL of a uvicorn on a free port.
+
+    `unix=path` listens on a Unix socket instead, `keep_alive_s` sets uvicorn's own.
+    """
     import uvicorn
 
     from eagle3_server import ServerSettings, TransformersTarget, create_app
+    from eagle3_server.listening import listen_unix
 
     with ExitStack() as stack:
 
-        def start(served: Any, **settings: Any) -> str:
+        def start(
+            served: Any, *, unix: Path | None = None, keep_alive_s: int = 600, **settings: Any
+        ) -> str:
             if isinstance(served, nn.Module):
                 served = TransformersTarget(served, model_id="tiny")
             # Bound here, so that a client may connect before uvicorn accepts: no waiting for it.
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            listener = stack.enter_context(
+                socket.create_server(("127.0.0.1", 0)) if unix is None else listen_unix(unix)
+            )
             config = uvicorn.Config(
-                create_app(served, ServerSettings(**settings)), log_config=None, ws="none"
+                create_app(served, ServerSettings(**settings)),
+                log_config=None,
+                ws="none",
+                timeout_keep_alive=keep_alive_s,
             )
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -345,9 +357,15 @@ def live_server() -> Iterator[Callable[..., str]]:
                 thread.join()
 
             stack.callback(stop)
-            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+            return _url_of(listener)
 
         yield start
+
+
+def _url_of(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix://{listener.getsockname()}"
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 # --- oracles: the definition, written without the code under test ---

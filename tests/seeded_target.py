@@ -13,7 +13,7 @@ from eagle3_schemas.draft_head import LogitsTransform
 from eagle3_schemas.supervision import pack_bits, shift_left_with_zero
 from eagle3_server.engine import DeviceTensors, SupervisionJob, TargetDescription
 
-V, D, H = 2048, 700, 192
+V, D, H = 2048, 1400, 192
 B, T = 2, 900
 
 DESCRIPTION = TargetDescription(
@@ -40,7 +40,7 @@ DESCRIPTION = TargetDescription(
 
 
 def inputs_of(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch that asks for the answer of `seed`: about 5 MiB, of another size for each seed."""
+    """A batch that asks for the answer of `seed`: about 8 MiB, of another size for each seed."""
     input_ids = torch.full((B, T), seed)
     loss_mask = torch.zeros(B, T, dtype=torch.bool)
     loss_mask[:, 1 : T // 2 + 11 * (seed % 40)] = True
@@ -48,7 +48,7 @@ def inputs_of(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def answer_of(seed: int, loss_mask: Tensor) -> dict[str, Tensor]:
-    """Every loss-mask position supervised; 2 + 3 random megabytes."""
+    """Every loss-mask position supervised; 2 + 6 random megabytes."""
     generator = torch.Generator().manual_seed(seed)
     position_mask = shift_left_with_zero(loss_mask)
     rows = int(position_mask.sum())

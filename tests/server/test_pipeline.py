@@ -18,7 +18,7 @@ from eagle3_server.copying import HostCopier
 from eagle3_server.engine import DeviceTensors
 
 PATIENCE_S = 60.0
-DRAFT_IDS = torch.arange(700)
+DRAFT_IDS = torch.arange(1400)
 
 
 class Copies:
