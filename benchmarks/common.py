@@ -12,6 +12,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 import transformers
 import uvicorn
+from torch import Tensor
 
+from eagle3_schemas import Eagle3TargetBatch
 from eagle3_server import ServerSettings, TransformersTarget, create_app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,6 +73,19 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> Seconds:
             case()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def in_flight(
+    backend: Any, batches: Iterable[tuple[Tensor, ...]], depth: int
+) -> Iterator[Eagle3TargetBatch | Any]:
+    """Yield the supervision of batches in order, `depth` requests in flight; ours or the peer's."""
+    handles: deque[Any] = deque()
+    for batch in batches:
+        handles.append(backend.generate_batch_async(*batch))
+        if len(handles) == depth:
+            yield handles.popleft().result()
+    while handles:
+        yield handles.popleft().result()
 
 
 def ratio(seconds: Seconds, numerator: str, denominator: str) -> dict[str, float]:
