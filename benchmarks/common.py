@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -11,15 +12,19 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 import uvicorn
+from torch import Tensor
 
+from eagle3_schemas import Eagle3TargetBatch
 from eagle3_server import ServerSettings, TransformersTarget, create_app
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,6 +75,19 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> Seconds:
     return seconds
 
 
+def in_flight(
+    backend: Any, batches: Iterable[tuple[Tensor, ...]], depth: int
+) -> Iterator[Eagle3TargetBatch | Any]:
+    """Yield the supervision of batches in order, `depth` requests in flight; ours or the peer's."""
+    handles: deque[Any] = deque()
+    for batch in batches:
+        handles.append(backend.generate_batch_async(*batch))
+        if len(handles) == depth:
+            yield handles.popleft().result()
+    while handles:
+        yield handles.popleft().result()
+
+
 def ratio(seconds: Seconds, numerator: str, denominator: str) -> dict[str, float]:
     """Return the median of the rounds' ratios, and their range."""
     pairs = zip(seconds[numerator], seconds[denominator], strict=True)
@@ -77,20 +95,28 @@ def ratio(seconds: Seconds, numerator: str, denominator: str) -> dict[str, float
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
+def spread(values: dict[str, float], *, median: bool = True) -> str:
+    """Show what `ratio` gave: median (range), or the range alone."""
+    shown = f" ({values['min']:.2f}-{values['max']:.2f})"
+    return f"{values['median']:.2f}{shown}" if median else shown
+
+
 @dataclass(frozen=True)
 class Target:
-    """One line of DESIGN section 9."""
+    """One line of DESIGN section 9: a ceiling, or with `at_least` a floor."""
 
     what: str
-    at_most: float
+    limit: float
     unit: str = ""
+    at_least: bool = False
 
     def row(self, value: float, spread: str = "") -> list[str]:
         """Return a table row with the verdict."""
-        verdict = "met" if value <= self.at_most else "**missed**"
+        is_met = value >= self.limit if self.at_least else value <= self.limit
         digits = ",.0f" if self.unit else ".2f"
         shown = f"{value:{digits}}{self.unit}{spread}"
-        return [self.what, shown, f"≤ {self.at_most:{digits}}{self.unit}", verdict]
+        limit = f"{'≥' if self.at_least else '≤'} {self.limit:{digits}}{self.unit}"
+        return [self.what, shown, limit, "met" if is_met else "**missed**"]
 
 
 def hardware() -> str:
@@ -134,6 +160,28 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options every benchmark of `run.py` has."""
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs, no more")
+
+
+def publish(out: Path, name: str, title: str, results: dict[str, Any], parts: list[str]) -> None:
+    """Print the tables; write them to `NAME.md` and the results to `NAME.json`.
+
+    Args:
+        out: directory, made if missing.
+        name: of the files.
+        title: heading of the page.
+        results: `provenance` and the raw numbers of every round.
+        parts: paragraphs and tables in order.
+    """
+    text = "\n\n".join([caption(results["provenance"]), *parts])
+    print(text)
+    write_json(out / f"{name}.json", results)
+    (out / f"{name}.md").write_text(f"# {title}\n\n{text}\n", encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:

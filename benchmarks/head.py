@@ -26,6 +26,7 @@ from common import (
     provenance,
     ratio,
     served,
+    spread,
     write_json,
 )
 from head_bytes import sizes
@@ -257,11 +258,6 @@ def asking(
             return response.raise_for_status().content
 
         yield post, backend
-
-
-def spread(values: dict[str, float], *, median: bool = True) -> str:
-    shown = f" ({values['min']:.2f}-{values['max']:.2f})"
-    return f"{values['median']:.2f}{shown}" if median else shown
 
 
 if __name__ == "__main__":
