@@ -106,7 +106,9 @@ def colocated_name() -> str:
     return f"nemo-automodel {nemo_automodel.__version__}, HFEagle3TargetModel + its trainer's rule"
 
 
-def colocated(model: Any, vocab: Vocab) -> Callable[[TokenBatch], object]:
+def colocated(
+    model: Any, vocab: Vocab, aux_layer_ids: Sequence[int] = AUX_LAYER_IDS
+) -> Callable[[TokenBatch], Any]:
     """Return the full-logits path: the peer's own code if it is installed, else the same in ours.
 
     The returned function keeps the batch, as a trainer does, while it projects it.
@@ -119,11 +121,11 @@ def colocated(model: Any, vocab: Vocab) -> Callable[[TokenBatch], object]:
             HFEagle3TargetModel as PeerTargetModel,
         )
     except ImportError:
-        target = HFEagle3TargetModel(model, AUX_LAYER_IDS)
+        target = HFEagle3TargetModel(model, aux_layer_ids)
     else:
-        target, project = PeerTargetModel(model, AUX_LAYER_IDS), core._compute_target_distribution
+        target, project = PeerTargetModel(model, aux_layer_ids), core._compute_target_distribution
 
-    def run(batch: TokenBatch) -> object:
+    def run(batch: TokenBatch) -> tuple[Any, Any]:
         answer = target.generate_batch(*batch)
         return answer, project(answer.logits, *vocab, answer.loss_mask)
 

@@ -1,0 +1,251 @@
+"""What only a GPU can show, in one command of under nine minutes: ``python benchmarks/gpu.py``.
+
+An 8B-shaped Llama with random weights in bfloat16: bare forward, served tokens/s and MFU, peak
+memory, copy rates from pinned and pageable memory, the peer on the same card, bit-equality of
+`logits` and `probs` under exact=True, and the distance of `hidden`. ``--quick --device cpu`` runs
+the same code in small, as a test does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import torch
+from common import (
+    MIB,
+    add_output_options,
+    in_flight,
+    interleaved,
+    provenance,
+    publish,
+    served,
+)
+from gpu_report import Shape, tables
+from head_model import Vocab, colocated, covering_vocab
+from simulated import rebuild_elsewhere
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eagle3_client import RemoteEagle3Backend
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.encodings import ENCODINGS
+from eagle3_schemas.host_buffers import HostBuffers
+from eagle3_server import TransformersTarget
+from eagle3_server.engine import SupervisionJob
+from text import TokenBatch
+
+QUICK = Shape(64, 128, 8, 4, 2, 1000, 300, 2, 64, 3)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_output_options(parser)
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args(words)
+    device, shape = torch.device(arguments.device), QUICK if arguments.quick else Shape()
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    model = make_model(shape, device)
+    batch = make_batch(shape)
+    with torch.no_grad():
+        top_ids = model(input_ids=batch.input_ids[:1].to(device)).logits.argmax(-1).cpu()
+    vocab = covering_vocab(shape.model_shape, top_ids)
+    target = TransformersTarget(model, model_id="8B-shaped")
+    results: dict[str, Any] = {
+        "provenance": provenance("gpu.py", words),
+        "card": card,
+        "shape": asdict(shape),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": speed(target, model, vocab, batch, shape, device),
+        "peak_mib": peaks(target, model, vocab, batch, device),
+        "copy_gb_s": copy_rates(device, 1 << (20 if arguments.quick else 28)),
+        "equality": equality(target, model, vocab, batch, device),
+    }
+    publish(arguments.out, "gpu", f"On one {card}", results, tables(results, shape))
+    return 0
+
+
+def make_model(shape: Shape, device: torch.device) -> LlamaForCausalLM:
+    """Return a random Llama, made on the device: 16 GB are not sent there."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=8192,
+        dtype=torch.bfloat16,
+    )
+    with device:
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def make_batch(shape: Shape) -> TokenBatch:
+    """Return random ids without padding, 60 % supervised."""
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.batch_size, shape.length)
+    ids = torch.randint(shape.vocab_size, size, generator=generator)
+    loss_mask = (torch.arange(shape.length) >= round(0.4 * shape.length)).long().expand(size)
+    return TokenBatch(ids, torch.ones(size, dtype=torch.long), loss_mask)
+
+
+def job_of(batch: TokenBatch, vocab: Vocab, target: TransformersTarget, **how: Any) -> Any:
+    aux_layer_ids = target.describe().aux_layer_ids
+    assert aux_layer_ids is not None
+    defaults: dict[str, Any] = {"encoding": "hidden", "rows": "position_mask", "exact": False}
+    return SupervisionJob(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask.bool(),
+        loss_mask=batch.loss_mask.bool(),
+        aux_layer_ids=aux_layer_ids,
+        draft_vocab=DraftVocab.from_ids(*vocab),
+        aux_dtype="model",
+        **(defaults | how),
+    )
+
+
+def speed(
+    target: TransformersTarget,
+    model: Any,
+    vocab: Vocab,
+    batch: TokenBatch,
+    shape: Shape,
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """Return seconds a batch: backbone, supervision, co-located, and served at two depths."""
+    job = job_of(batch, vocab, target)
+    on_device = TokenBatch(*(tensor.to(device) for tensor in batch))
+    full = colocated(model, tuple(t.to(device) for t in vocab), target.describe().aux_layer_ids)
+
+    def backbone() -> None:
+        with torch.no_grad():
+            model.model(input_ids=on_device.input_ids, use_cache=False)
+        synchronize(device)
+
+    def bare() -> None:
+        target.supervise(job)
+        synchronize(device)
+
+    def beside() -> None:
+        full(on_device)
+        synchronize(device)
+
+    cases: dict[str, Callable[[], object]] = {
+        "backbone": backbone,
+        "bare supervision": bare,
+        "co-located": beside,
+    }
+    seconds = interleaved(cases, 3)
+    original = ENCODINGS["hidden"]
+    rebuild_elsewhere()  # a trainer has a card of its own; on this one it would cost the target
+    try:
+        with served(target, 600) as url, RemoteEagle3Backend(url, max_in_flight=4) as backend:
+            backend.set_vocab_mapping(*vocab)
+            for depth in (2, 4):
+                times = []
+                for _ in in_flight(backend, [batch] * (shape.batches + 2), depth):
+                    times.append(time.perf_counter())
+                steady = pairwise(times[1:])
+                seconds[f"served, prefetch {depth}"] = [after - at for at, after in steady]
+    finally:
+        ENCODINGS["hidden"] = original
+    return seconds
+
+
+def peaks(
+    target: TransformersTarget, model: Any, vocab: Vocab, batch: TokenBatch, device: torch.device
+) -> dict[str, float]:
+    """Return the device memory one batch takes above the weights, MiB; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    job = job_of(batch, vocab, target)
+    on_device = TokenBatch(*(tensor.to(device) for tensor in batch))
+    full = colocated(model, tuple(t.to(device) for t in vocab), target.describe().aux_layer_ids)
+    found = {}
+    for name, run in (
+        ("ours", lambda: target.supervise(job)),
+        ("co-located", lambda: full(on_device)),
+    ):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        found[name] = (torch.cuda.max_memory_allocated(device) - before) / MIB
+    return found
+
+
+def copy_rates(device: torch.device, nbytes: int) -> dict[str, list[float]]:
+    """Return GB/s from and to host memory, pooled pinned buffers and pageable ones."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    hosts = {"pageable": torch.zeros(nbytes, dtype=torch.uint8)}
+    if device.type == "cuda":
+        hosts["pinned"] = HostBuffers(pinned=True).take(nbytes)
+    cases: dict[str, Callable[[], object]] = {}
+    for name, host in hosts.items():
+
+        def to_host(host: torch.Tensor = host) -> None:
+            host.copy_(source, non_blocking=True)
+            synchronize(device)
+
+        def to_device(host: torch.Tensor = host) -> None:
+            source.copy_(host, non_blocking=True)
+            synchronize(device)
+
+        cases |= {f"{name}, device to host": to_host, f"{name}, host to device": to_device}
+    seconds = interleaved(cases, 5)
+    return {name: [nbytes / s / 1e9 for s in values] for name, values in seconds.items()}
+
+
+def equality(
+    target: TransformersTarget, model: Any, vocab: Vocab, batch: TokenBatch, device: torch.device
+) -> dict[str, Any]:
+    """Return how each encoding, served and rebuilt on the device, differs from co-located."""
+    small = TokenBatch(*(tensor[:1] for tensor in batch))
+    on_device = TokenBatch(*(tensor.to(device) for tensor in small))
+    here = tuple(tensor.to(device) for tensor in vocab)
+    answer, (probs, mask) = colocated(model, here, target.describe().aux_layer_ids)(on_device)
+    where = mask.squeeze(-1).bool()
+    found: dict[str, Any] = {}
+    with served(target, 600) as url:
+        for encoding, exact in (
+            ("probs", True),
+            ("logits", True),
+            ("logits", False),
+            ("hidden", False),
+        ):
+            if encoding not in target.describe().encodings:
+                continue
+            with RemoteEagle3Backend(
+                url, device=device, encoding=encoding, exact=exact, retry_for_s=5
+            ) as backend:
+                backend.set_vocab_mapping(*vocab)
+                got = backend.generate_batch(*small)
+                again = backend.generate_batch(*small)
+            assert got.target_probs is not None
+            assert again.target_probs is not None
+            same = got.position_mask.squeeze(-1) & where
+            found[f"{encoding}, exact={exact}"] = {
+                "aux_bit_equal": torch.equal(got.aux_hidden_states, answer.aux_hidden_states),
+                "masks_that_differ": int((got.position_mask.squeeze(-1) != where).sum()),
+                "probs_bit_equal": torch.equal(got.target_probs[same], probs[same]),
+                "largest_difference": float((got.target_probs[same] - probs[same]).abs().max()),
+                "repeats_bit_equal": torch.equal(got.target_probs, again.target_probs)
+                and torch.equal(got.aux_hidden_states, again.aux_hidden_states),
+            }
+    return found
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
