@@ -89,3 +89,17 @@ def test_head_tables(tmp_path: Path) -> None:
     for words in ("bytes/token, `hidden`, 8B", "peak above weights", "Measured "):
         assert words in output
     assert results.with_suffix(".md").read_text().startswith("# Rows-only head\n")
+
+
+def test_gpu_command_in_small_on_the_cpu(tmp_path: Path) -> None:
+    """No GPU is needed to see that it runs: the same code on another device."""
+    out = run("gpu.py", "--quick", "--device", "cpu", "--out", str(tmp_path))
+    assert "| served, prefetch 2 |" in out
+    equality = json.loads((tmp_path / "gpu.json").read_text())["equality"]
+    assert set(equality) == {
+        "probs, exact=True", "logits, exact=True", "logits, exact=False", "hidden, exact=False",
+    }  # fmt: skip
+    for found in equality.values():
+        assert found["aux_bit_equal"]
+        assert found["masks_that_differ"] == 0
+        assert found["probs_bit_equal"]
