@@ -21,6 +21,7 @@ from eagle3_client import (
     RemoteEagle3Error,
     VocabMappingMissing,
 )
+from eagle3_client.retry import Cancellation
 from eagle3_schemas.protocol import SUPERVISION_PATH
 
 NAMES = ("input_ids", "attention_mask", "loss_mask")
@@ -375,6 +376,15 @@ def test_cancelling_a_handle_ends_its_repeats(
     with pytest.raises(RemoteEagle3Error):
         handle.result(PATIENCE_S)
     assert transport.attempts == 1
+
+
+def test_a_cancellation_ends_a_wait_of_any_length() -> None:
+    cancellation = Cancellation()
+    waiting = threading.Thread(target=cancellation.wait, args=(3600.0,), daemon=True)
+    waiting.start()
+    cancellation.set()
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive()
 
 
 def test_closing_from_another_thread_wakes_a_consumer_whose_request_has_not_started(

@@ -163,6 +163,24 @@ def test_it_follows_a_target_that_becomes_slower() -> None:
     assert simulation.depths(depth, lambda _: 1.0, 100)[-1] == 2
 
 
+def test_the_backend_is_told_before_a_prefetch_goes_deeper() -> None:
+    """Else its worker threads would not be enough, and no growth would bring anything."""
+    simulation = Simulation(lambda _: 0.0, transfer_s=100.0)
+    allowed: list[int] = []
+
+    def submit(*arguments: object) -> Any:
+        arrival = simulation.submit(*arguments)
+        assert simulation.outstanding <= allowed[-1]
+        return arrival
+
+    given = [BATCH] * 200
+    prefetch = Prefetch(
+        submit, given, Depth(1, 4), allow_in_flight=allowed.append, clock=lambda: simulation.now
+    )
+    assert len(list(prefetch)) == 200
+    assert (allowed[0], allowed[-1]) == (1, 4)
+
+
 def test_auto_depth_is_bounded() -> None:
     simulation = Simulation(lambda _: 0.0, transfer_s=100.0)
     assert changes(simulation.depths(Depth(1, 4), lambda _: 0.1, 400)) == [1, 2, 3, 4]
