@@ -23,7 +23,7 @@ import torch
 
 from draft_vocab import build_draft_vocab, count_tokens
 from text import TokenBatch, chunk, make_batches, tokenize
-from training import Metrics, make_trainer, supervise, train
+from training import Metrics, make_trainer, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,13 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=arguments.seed,
             device=arguments.device,
         )
-        train(
-            trainer,
-            supervise(backend, batches),
-            steps=arguments.steps,
-            learning_rate=arguments.learning_rate,
-            on_step=print_each_step(batches),
-        )
+        with backend.prefetch(batches, depth="auto") as prefetch:
+            train(
+                trainer,
+                (target_batch for _, target_batch in prefetch),
+                steps=arguments.steps,
+                learning_rate=arguments.learning_rate,
+                on_step=print_each_step(batches),
+            )
+        print(prefetch.stats)
     if arguments.output is not None:
         # A draft served with other aux layers than these collapses, so they travel with it.
         saved = {

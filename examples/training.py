@@ -8,15 +8,14 @@ Letters: B batch, T sequence, H hidden size, V target vocab, D draft vocab.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from draft import DraftConfig, Eagle3Draft, StepCache
+from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch, shift_left_with_zero
 from text import TokenBatch
 
@@ -154,22 +153,15 @@ def supervise(
 ) -> Iterator[Eagle3TargetBatch]:
     """Yield the target's supervision for each batch, in order.
 
-    An asynchronous backend works ahead: `depth` requests are under way while the caller trains.
+    A remote target works ahead: `depth` requests are under way while the caller trains.
     """
-    if not backend.supports_async:
+    if not isinstance(backend, RemoteEagle3Backend):
         for batch in batches:
             yield backend.generate_batch(*batch)
         return
-    waiting = iter(batches)
-    handles = deque(backend.generate_batch_async(*batch) for batch in islice(waiting, depth))
-    try:
-        while handles:
-            target_batch = handles.popleft().result()
-            handles.extend(backend.generate_batch_async(*batch) for batch in islice(waiting, 1))
+    with backend.prefetch(batches, depth) as prefetch:
+        for _, target_batch in prefetch:
             yield target_batch
-    finally:
-        for handle in handles:  # left over only when the caller stopped early
-            handle.cancel()
 
 
 def train(

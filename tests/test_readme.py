@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,10 +17,12 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_trainer_code_runs_as_printed(live_server: Any, model: Any) -> None:
+def test_the_trainer_code_runs_as_printed(
+    live_server: Any, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = code_blocks("python")
     assert code.count("http://target-host:8001") == 1
-    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+    assert len([line for line in code.splitlines() if line.strip()]) <= 9
     vocab_size = model.config.vocab_size
     selected_token_ids = torch.randperm(vocab_size)[:50]
     selected_token_mask = torch.zeros(vocab_size, dtype=torch.bool)
@@ -45,6 +48,7 @@ def test_the_trainer_code_runs_as_printed(live_server: Any, model: Any) -> None:
     exec(code.replace("http://target-host:8001", live_server(model)), scope)
     scope["target"].close()
     assert len(seen) == 2
+    assert "first batch after" in capsys.readouterr().out
     assert seen[0]["target_probs"].shape == (2, 11, 50)
     assert bool(seen[0]["position_mask"].any())
 

@@ -1,6 +1,8 @@
 """The trainer's side: `RemoteEagle3Backend`, and the errors it raises."""
 
 from eagle3_client.backend import RemoteEagle3Backend
+from eagle3_client.pace import PrefetchStats
+from eagle3_client.prefetch import Prefetch
 from eagle3_client.results import RemoteBatchHandle
 from eagle3_schemas.errors import (
     DeadlineExceeded,
@@ -29,6 +31,8 @@ __all__ = [
     "NotReady",
     "PackingUnsupported",
     "PoisonRequest",
+    "Prefetch",
+    "PrefetchStats",
     "ProtocolMismatch",
     "QueueFull",
     "RemoteBatchHandle",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import httpx
 import torch
@@ -18,17 +17,13 @@ from eagle3_client.config import (
     check_device,
     split_urls,
 )
-from eagle3_client.fleet import Fleet
+from eagle3_client.dispatch import Dispatcher
+from eagle3_client.pace import choose_depth
+from eagle3_client.prefetch import Batch, Prefetch
 from eagle3_client.results import RemoteBatchHandle, TargetEmbeddings
-from eagle3_client.retry import Retrier
 from eagle3_client.submission import Submission
-from eagle3_client.workers import DaemonWorkers
 from eagle3_schemas import DraftVocab, Eagle3TargetBackend, Eagle3TargetBatch, ModelInfo
-from eagle3_schemas.errors import (
-    InvalidRequest,
-    RemoteEagle3Error,
-    VocabMappingMissing,
-)
+from eagle3_schemas.errors import InvalidRequest, VocabMappingMissing
 from eagle3_schemas.exchange import check_is_dense, refuse_packing
 from eagle3_schemas.messages import AuxDtype, Rows
 
@@ -53,7 +48,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         timeout_s: seconds without a byte before an attempt is given up and repeated.
         retry_for_s: seconds after which a request that keeps failing raises.
         max_retries: also a limit on the number of repeats; None for none.
-        max_in_flight: requests sent at once; None is two a server.
+        max_in_flight: requests sent at once; None is two a server, more for a deeper `prefetch`.
         transport: httpx transport to use instead of the network's, as tests do.
 
     Raises:
@@ -94,14 +89,10 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             max_in_flight=max_in_flight,
         )
         check_device(self._settings.device)
-        self._retrier = Retrier(retry_for_s, max_retries)
-        self._fleet = Fleet(self._settings, transport)
-        self._workers = DaemonWorkers(self._settings.in_flight, "eagle3-request")
+        self._dispatcher = Dispatcher(self._settings, transport)
         self._lock = threading.Lock()
         self._draft_vocab: DraftVocab | None = None
         self._embeddings: TargetEmbeddings | None = None
-        self._closed = False
-        self._pid = os.getpid()
 
     @classmethod
     def from_urls(
@@ -157,7 +148,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     @property
     def bytes_received(self) -> int:
         """Body bytes received from all servers so far."""
-        return self._fleet.bytes_received
+        return self._dispatcher.fleet.bytes_received
 
     def model_info(self) -> ModelInfo:
         """Return what the servers serve; asked once, then kept.
@@ -165,7 +156,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         Raises:
             FingerprintMismatch: the servers do not serve the same target.
         """
-        return self._retrier.call(self._fleet.model_info, "model info")
+        return self._dispatcher.model_info()
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Block until every server's target is loaded, at most `timeout` seconds (`retry_for_s`).
@@ -173,20 +164,16 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         Raises:
             RemoteEagle3Error: not ready in time, with the last reason; or waiting does not help.
         """
-        deadline = time.monotonic() + (self._settings.retry_for_s if timeout is None else timeout)
-        for connection in self._fleet.connections:
-            left_s = max(deadline - time.monotonic(), 0.1)
-            check = partial(connection.check_ready, left_s)
-            Retrier(left_s).call(check, f"waiting for {connection.url}")
+        self._dispatcher.wait_until_ready(
+            self._settings.retry_for_s if timeout is None else timeout
+        )
 
     def get_input_embeddings(self) -> TargetEmbeddings:
         """Download the target's input embeddings once, and keep them on the device."""
+        self._dispatcher.check_usable()
         with self._lock:
             if self._embeddings is None:
-                connection = self._fleet.connections[0]
-                frame = self._retrier.call(connection.input_embeddings, "input embeddings")
-                self._fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
-                weight = frame.tensors["weight"]
+                weight = self._dispatcher.input_embeddings()
                 self._embeddings = TargetEmbeddings(weight.to(self._settings.device))
             return self._embeddings
 
@@ -204,18 +191,11 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         Raises:
             InvalidRequest: repeated ids, ids outside [0, V), or a mask that marks another set.
         """
+        self._dispatcher.check_usable()
         check_is_dense("selected_token_ids", selected_token_ids)
         check_is_dense("selected_token_mask", selected_token_mask)
         vocab = DraftVocab.from_ids(selected_token_ids, selected_token_mask)
-        info = self.model_info()
-        if selected_token_mask.numel() != info.vocab_size:
-            raise InvalidRequest(
-                f"selected_token_mask must be [V] with the target's V = {info.vocab_size} (the "
-                f"width of its logits); got [{selected_token_mask.numel()}]"
-            )
-        for connection in self._fleet.connections:
-            register = partial(connection.ensure_registered, vocab, info.vocab_size)
-            self._retrier.call(register, "draft vocab")
+        self._dispatcher.register(vocab, selected_token_mask.numel())
         self._draft_vocab = vocab
 
     def generate_batch(
@@ -244,7 +224,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         submission = self._submission(
             input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining
         )
-        return self._deliver(submission)
+        return self._dispatcher.deliver(submission)
 
     def generate_batch_async(
         self,
@@ -257,19 +237,43 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     ) -> RemoteBatchHandle:
         """Start `generate_batch` and return a handle; arguments are copied before it returns.
 
-        A request beyond `num_remote_servers` waits. Bad arguments raise here, the rest later.
+        A request beyond `num_remote_servers`, or a prefetch's depth, waits. Bad arguments raise
+        here, the rest later.
         """
         submission = self._submission(
             input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining
         )
-        return RemoteBatchHandle(self._workers.submit(lambda: self._deliver(submission)))
+        return self._dispatcher.submit(submission)
+
+    def prefetch(
+        self, batches: Iterable[Batch], depth: int | Literal["auto"] = 2
+    ) -> Prefetch[Batch]:
+        """Iterate over `(batch, its supervision)` in order, with `depth` requests in flight.
+
+        Several prefetches, and other requests, may run at once; they share the worker threads. Each
+        batch is bound to the draft vocab set when it was submitted, up to `depth` batches early.
+
+        Args:
+            batches: an iterable of dicts with the names of `generate_batch`'s arguments, or of
+                tuples in their order, such as a DataLoader. Other keys stay in the batch unread.
+            depth: requests in flight, also more than `num_remote_servers`; each costs the memory of
+                one batch. "auto" grows from 1 while the trainer waits and growing helps, at most
+                to `max_in_flight`, or else 8 a server (`eagle3_client.pace.Depth` has the rule).
+
+        Returns:
+            An iterator, best used in a `with` block; `stats` says what the trainer waited for.
+
+        Raises:
+            InvalidRequest: `depth` is neither, or above `max_in_flight`; `batches` not iterable.
+        """
+        self._dispatcher.check_usable()
+        chosen = choose_depth(depth, len(self._settings.urls), self._settings.max_in_flight)
+        allow = self._dispatcher.allow_in_flight
+        return Prefetch(self.generate_batch_async, batches, chosen, allow_in_flight=allow)
 
     def close(self) -> None:
         """End all requests and close the sockets; safe to repeat, affects no other client."""
-        self._closed = True
-        self._retrier.close()
-        self._workers.close()
-        self._fleet.close()
+        self._dispatcher.close()
 
     def _submission(
         self,
@@ -279,21 +283,10 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         *packing: torch.Tensor | None,
     ) -> Submission:
         """Check and encode a batch on the caller's thread, bound to the mapping current now."""
-        if self._closed:
-            raise RemoteEagle3Error("the backend was closed; build a new one")
-        if os.getpid() != self._pid:
-            raise RemoteEagle3Error("the backend was built before a fork; build one here")
+        self._dispatcher.check_usable()
         refuse_packing(*packing)
         if (vocab := self._draft_vocab) is None:
             raise VocabMappingMissing("no draft vocab is set; call set_vocab_mapping first")
         return Submission.build(
             self._settings, self.model_info(), vocab, input_ids, attention_mask, loss_mask
         )
-
-    def _deliver(self, submission: Submission) -> Eagle3TargetBatch:
-        """Get a submission's supervision, repeating it on failures that pass."""
-        info = self.model_info()
-        supervision = self._retrier.call(
-            lambda: submission.attempt(self._fleet, info), f"request {submission.request_id}"
-        )
-        return submission.batch(supervision)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eagle3_client.retry import Cancellation
 from eagle3_schemas import Eagle3TargetBatch
 
 
@@ -22,8 +23,9 @@ class TargetEmbeddings:
 class RemoteBatchHandle:
     """An `Eagle3TargetBatch` on its way; see `BatchHandle`."""
 
-    def __init__(self, future: Future[Eagle3TargetBatch]) -> None:
+    def __init__(self, future: Future[Eagle3TargetBatch], cancellation: Cancellation) -> None:
         self._future = future
+        self._cancellation = cancellation
 
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
         """Wait up to `timeout` seconds for the batch, on the backend's device.
@@ -39,5 +41,9 @@ class RemoteBatchHandle:
             raise TimeoutError(f"no batch after {timeout} s; the request goes on") from exc
 
     def cancel(self) -> bool:
-        """Drop the request if it has not started; return whether it was dropped."""
+        """Drop the request if it has not started; return whether it was dropped.
+
+        One that has started ends with the attempt under way, which is not repeated if it fails.
+        """
+        self._cancellation.set()
         return self._future.cancel()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import queue
 import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from eagle3_schemas.errors import RemoteEagle3Error
@@ -18,6 +20,28 @@ logger = logging.getLogger("eagle3_client")
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
 _REPORT_EVERY_S = 15.0
+
+
+class Cancellation:
+    """Ends a call's repeats and the wait before the next. Thread-safe.
+
+    `set` may run in a finalizer: a SimpleQueue, unlike an Event's lock, can be put to by a thread
+    that the garbage collector interrupted inside the same queue.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        """End the wait under way, and all later ones."""
+        self.is_set = True
+        self._signal.put(None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for `set`, at most `timeout_s` seconds."""
+        with suppress(queue.Empty):
+            self._signal.get(timeout=timeout_s)
 
 
 class Retrier:
@@ -33,21 +57,48 @@ class Retrier:
     def __init__(self, retry_for_s: float, max_retries: int | None = None) -> None:
         self._retry_for_s = retry_for_s
         self._max_retries = max_retries
-        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._calls: set[Cancellation] = set()
+        self._is_closed = False
 
     def close(self) -> None:
         """End every wait; the errors being retried are raised now."""
-        self._closed.set()
+        with self._lock:
+            self._is_closed = True
+            for cancellation in self._calls:
+                cancellation.set()
 
-    def call(self, attempt: Callable[[], Result], what: str) -> Result:
+    def call(
+        self,
+        attempt: Callable[[], Result],
+        what: str,
+        cancellation: Cancellation | None = None,
+    ) -> Result:
         """Run `attempt`, repeating it on retryable errors.
 
         Waits grow from 0.1 s to 5 s with jitter, or as the server's Retry-After says; a warning
         every 15 s says what is being waited for.
 
+        Args:
+            attempt: runs at least once, and to its end even when cancelled meanwhile.
+            what: name of the call in messages.
+            cancellation: of this call alone; ends its repeats.
+
         Raises:
             RemoteEagle3Error: the last error, carrying the number of attempts.
         """
+        cancellation = cancellation or Cancellation()
+        with self._lock:
+            self._calls.add(cancellation)
+            if self._is_closed:
+                cancellation.set()
+        try:
+            return self._call(attempt, what, cancellation)
+        finally:
+            with self._lock:
+                self._calls.discard(cancellation)
+
+    def _call(self, attempt: Callable[[], Result], what: str, cancellation: Cancellation) -> Result:
         attempts = 0
         first_failure: float | None = None
         next_report = _REPORT_EVERY_S
@@ -63,7 +114,7 @@ class Retrier:
                 if (
                     not error.is_retryable
                     or (self._max_retries is not None and attempts > self._max_retries)
-                    or self._closed.is_set()
+                    or cancellation.is_set
                 ):
                     raise
                 pause = min(_FIRST_WAIT_S * 2 ** min(attempts - 1, 16), _LONGEST_WAIT_S)
@@ -79,5 +130,7 @@ class Retrier:
                     next_report = waited + _REPORT_EVERY_S
                 elif attempts == 1:
                     logger.info("%s: retrying: %s", what, error)
-            if self._closed.wait(pause):
-                raise RemoteEagle3Error(f"{what}: the backend was closed while retrying")
+            cancellation.wait(pause)
+            if cancellation.is_set:
+                reason = "the backend was closed" if self._is_closed else "cancelled"
+                raise RemoteEagle3Error(f"{what}: {reason} while retrying")

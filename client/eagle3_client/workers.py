@@ -45,6 +45,11 @@ class DaemonWorkers:
                 thread.start()
         return future
 
+    def grow(self, count: int) -> None:
+        """Allow up to `count` threads from now on, if that is more; they start as work comes."""
+        with self._lock:
+            self._count = max(self._count, count)
+
     def close(self) -> None:
         """Cancel what has not started, fail what is running, end idle threads; waits for nothing.
 
@@ -52,12 +57,13 @@ class DaemonWorkers:
         """
         with self._lock:
             self._is_closed = True
+            threads = len(self._threads)
         try:
             while (item := self._queue.get_nowait()) is not None:
                 item[0].cancel()
         except queue.Empty:
             pass
-        for _ in range(self._count):
+        for _ in range(threads):
             self._queue.put(None)
         with self._lock:
             for future in self._running:

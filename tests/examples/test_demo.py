@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from eagle3_schemas import Eagle3TargetBackend, Eagle3TargetBatch
+from eagle3_server import HFEagle3TargetModel
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 sys.path.insert(0, EXAMPLES)
@@ -78,58 +78,33 @@ def test_documents_of_a_module_are_its_own_functions_and_classes_with_methods() 
     assert names == ["dedent", "fill", "indent", "shorten", "wrap"]
 
 
-class FakeAsyncBackend(Eagle3TargetBackend):
-    """Answers with the batch number, and records how many requests are under way."""
-
-    supports_async = True
-
-    def __init__(self) -> None:
-        self.in_flight: list[int] = []
-        self.most_in_flight = 0
-        self.cancelled: list[int] = []
-
-    def generate_batch(self, *_: object) -> Eagle3TargetBatch:
-        raise AssertionError("an asynchronous backend is used asynchronously")
-
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        raise AssertionError("not needed here")
-
-    def generate_batch_async(self, input_ids: Tensor, *_: object) -> FakeHandle:
-        self.in_flight.append(int(input_ids))
-        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
-        return FakeHandle(self, int(input_ids))
+@pytest.fixture
+def model(build_model: Any) -> Any:
+    return build_model("llama")
 
 
-class FakeHandle:
-    def __init__(self, backend: FakeAsyncBackend, number: int) -> None:
-        self.backend, self.number = backend, number
-
-    def result(self, timeout: float | None = None) -> int:
-        self.backend.in_flight.remove(self.number)
-        return self.number
-
-    def cancel(self) -> bool:
-        self.backend.cancelled.append(self.number)
-        return True
-
-
-def numbered_batches(count: int) -> Iterator[text.TokenBatch]:
-    return (text.TokenBatch(*[torch.tensor(number)] * 3) for number in range(count))
+def test_both_kinds_of_target_supervise_the_same_batches_in_order(
+    model: Any, serve: Any, connect: Any, batch_of: Any, same: Any
+) -> None:
+    batches = [text.TokenBatch(*batch_of(131, (9, 4), seed=seed)) for seed in range(5)]
+    remote = connect(serve(model), torch.tensor([3, 80, 7]), exact=True)
+    fetched = list(training.supervise(remote, batches, depth=3))
+    computed = list(training.supervise(HFEagle3TargetModel(model), batches))
+    for batch, one, other in zip(batches, fetched, computed, strict=True):
+        assert torch.equal(one.input_ids[:, :-1], batch.input_ids[:, 1:])
+        attended = one.attention_mask.bool()
+        same(one.aux_hidden_states[attended], other.aux_hidden_states[attended])
 
 
-def test_supervision_is_fetched_ahead_in_order() -> None:
-    backend = FakeAsyncBackend()
-    assert list(training.supervise(backend, numbered_batches(5), depth=2)) == [0, 1, 2, 3, 4]
-    assert backend.most_in_flight == 2
-    assert backend.cancelled == []
-
-
-def test_stopping_early_cancels_what_is_under_way() -> None:
-    backend = FakeAsyncBackend()
-    supervision = training.supervise(backend, numbered_batches(5), depth=2)
-    assert next(supervision) == 0
+def test_stopping_early_leaves_the_remote_target_usable(
+    model: Any, serve: Any, connect: Any, batch_of: Any
+) -> None:
+    batches = [text.TokenBatch(*batch_of(131, seed=seed)) for seed in range(5)]
+    remote = connect(serve(model), torch.tensor([3, 80, 7]))
+    supervision = training.supervise(remote, batches)
+    next(supervision)
     supervision.close()
-    assert backend.cancelled == [1, 2]
+    assert len(list(training.supervise(remote, batches))) == 5
 
 
 @pytest.fixture

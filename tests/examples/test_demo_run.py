@@ -52,10 +52,11 @@ def test_trainer_command_trains_on_a_file_against_a_server(tmp_path: Path) -> No
             *("--steps", 6, "--batch-size", 1, "--sequence-length", 64, "--device", "cpu"),
             *("--draft-vocab-size", 64),
         )
-    lines = output.splitlines()
-    assert [line.split()[1] for line in lines[:-1]] == [f"{step}/6" for step in range(1, 7)]
-    losses = [float(line.split()[3]) for line in lines[:-1]]
+    *lines, stats, _saved = output.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
+    losses = [float(line.split()[3]) for line in lines]
     assert losses[-1] < losses[0]
+    assert "bottleneck: of 5 steps'" in stats
     draft = torch.load(saved)
     assert draft["aux_layer_ids"] == [1, 14, 26]
     assert draft["selected_token_ids"].tolist()[:3] == [1, 2, 0]  # special tokens
