@@ -17,6 +17,7 @@ from eagle3_client.config import (
     check_device,
     split_urls,
 )
+from eagle3_client.device import hand_over
 from eagle3_client.dispatch import Dispatcher
 from eagle3_client.pace import choose_depth
 from eagle3_client.prefetch import Batch, Prefetch
@@ -224,7 +225,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         submission = self._submission(
             input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining
         )
-        return self._dispatcher.deliver(submission)
+        return hand_over(self._dispatcher.deliver(submission))
 
     def generate_batch_async(
         self,

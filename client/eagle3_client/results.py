@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eagle3_client.device import hand_over
 from eagle3_client.retry import Cancellation
 from eagle3_schemas import Eagle3TargetBatch
 
@@ -30,13 +31,15 @@ class RemoteBatchHandle:
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
         """Wait up to `timeout` seconds for the batch, on the backend's device.
 
+        On a GPU the caller's current stream may use it at once.
+
         Raises:
             TimeoutError: not there yet; the request goes on, call again.
             concurrent.futures.CancelledError: it was cancelled, or the backend closed.
             RemoteEagle3Error: the request failed for good.
         """
         try:
-            return self._future.result(timeout)
+            return hand_over(self._future.result(timeout))
         except FutureTimeoutError as exc:  # before Python 3.11 this is not the built-in one
             raise TimeoutError(f"no batch after {timeout} s; the request goes on") from exc
 
