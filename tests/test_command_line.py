@@ -61,8 +61,8 @@ class Server:
         self.process, self.said, self.url = process, "", ""
         for line in process.stderr:
             self.said += line
-            if found := re.search(r"trainers use (http://\S+)", line):
-                self.url = found[1]
+            if found := re.search(r"trainers use (https?://\S+)(?: or (unix://\S+))?", line):
+                self.url, self.unix_url = found[1], found[2]
                 break
         assert self.url, f"it ended without serving:\n{self.said}"
         self._rest = threading.Thread(target=lambda: list(process.stderr or ()))
@@ -217,3 +217,30 @@ def test_what_cannot_be_loaded_ends_the_process_with_the_reason(
         assert process.returncode == 1, said
         assert words in said
         assert "trainers use" not in said
+
+
+def test_it_listens_on_a_unix_socket_too_and_tidies_up(
+    checkpoint: Path, serving: Callable[..., Server], tmp_path: Path, connect: Any
+) -> None:
+    path = tmp_path / "eagle3.sock"
+    server = serving(checkpoint, "--port", 0, "--unix-socket", path)
+    assert server.unix_url == f"unix://{path}"
+    expected = connect(urls=server.url).model_info()
+    assert connect(urls=server.unix_url).model_info() == expected
+    server.stop()
+    assert server.process.returncode == 0
+    assert not path.exists()
+
+
+def test_it_speaks_https_with_a_certificate(
+    checkpoint: Path, serving: Callable[..., Server], tmp_path: Path, connect: Any,
+    monkeypatch: pytest.MonkeyPatch, certificate: tuple[Path, Path],
+) -> None:  # fmt: skip
+    cert, key = certificate
+    server = serving(checkpoint, "--port", 0, "--tls-certificate", cert, "--tls-key", key)
+    assert server.url.startswith("https://127.0.0.1:")
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    url = server.url.replace("127.0.0.1", "localhost")
+    assert connect(urls=url).model_info().model_id == "tiny-llama"
+    server.stop()
+    assert server.process.returncode == 0
