@@ -441,6 +441,37 @@ def test_closing_the_backend_ends_a_prefetch_with_an_error(
         backend.prefetch(batches)
 
 
+def test_closing_the_backend_ends_a_prefetch_whose_request_has_not_started(
+    gate: Gate, connect: Any, batches: Any, draft_ids: Any
+) -> None:
+    backend = connect(gate, draft_ids, max_in_flight=2)
+    for _ in range(2):
+        backend.generate_batch_async(*batches[0])
+    gate.wait_for(2)
+    is_submitted = threading.Event()
+
+    def source() -> Iterator[Any]:
+        yield batches[1]
+        is_submitted.set()
+
+    prefetch = backend.prefetch(source(), depth=2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, prefetch)
+        assert is_submitted.wait(PATIENCE_S)
+        backend.close()
+        with pytest.raises(RemoteEagle3Error, match="the backend was closed"):
+            waiting.result(PATIENCE_S)
+
+
+def test_a_closed_backend_takes_no_mapping(
+    bridge: Any, connect: Any, draft_ids: Any, mapping: Any
+) -> None:
+    backend = connect(bridge, draft_ids)
+    backend.close()
+    with pytest.raises(RemoteEagle3Error, match="closed"):
+        backend.set_vocab_mapping(*mapping(draft_ids, 131))
+
+
 def test_a_second_consumer_is_refused_and_the_first_goes_on(
     gate: Gate, connect: Any, batches: Any, draft_ids: Any
 ) -> None:
