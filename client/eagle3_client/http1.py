@@ -192,7 +192,8 @@ class Body(httpx.SyncByteStream):
 
 def remedy_of_lasting(exc: httpx.TransportError) -> str | None:
     """Say what to do about a failure that no repeat mends; None for one that may pass."""
-    if isinstance(exc, httpx.UnsupportedProtocol):
+    is_alert = re.search(r"\\x15\\+x03", str(exc))  # TLS's, in place of a status line
+    if isinstance(exc, httpx.UnsupportedProtocol) or is_alert:
         return "write https:// in the URL"
     if not isinstance(exc, httpx.ConnectError):
         return None

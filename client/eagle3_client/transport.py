@@ -68,10 +68,8 @@ class HttpTransport(httpx.BaseTransport):
             sock = self._connect(origin, timeout_s)
         try:
             return self._exchange(sock, origin, request)
-        except httpx.TransportError as exc:
-            if isinstance(exc, (Unanswered, httpx.RemoteProtocolError)) and self._speaks_tls(
-                origin, timeout_s
-            ):
+        except Unanswered as exc:
+            if self._speaks_tls(origin, timeout_s):
                 raise httpx.UnsupportedProtocol("the server speaks TLS", request=request) from exc
             raise
 
@@ -156,11 +154,12 @@ class HttpTransport(httpx.BaseTransport):
         raise failure
 
     def _speaks_tls(self, origin: _Origin, timeout_s: float | None) -> bool:
-        """Tell whether a server that gave an http request no sensible answer waits for TLS."""
-        if origin[0] == "https" or origin in self._idle:
+        """Tell whether a server that closed an http connection without a word waits for TLS."""
+        scheme, host, port = origin
+        if scheme == "https" or origin in self._idle or self._uds is not None:
             return False
         try:
-            self._discard(self._connect(("https", *origin[1:]), timeout_s))
+            self._discard(self._connect(("https", host, port), min(timeout_s or 1.0, 1.0)))
         except OSError as exc:
             return isinstance(exc, ssl.SSLCertVerificationError)
         return True

@@ -132,7 +132,7 @@ def test_a_connection_that_the_server_closed_while_idle_is_replaced(
     connection = server.connection(kind)
     for _ in range(2):
         connection.input_embeddings()
-        server.wait_until_lost()
+        assert server.expired.acquire(timeout=60)
     connection.input_embeddings()
     connection.close()
     assert len(server.opened) == 3
