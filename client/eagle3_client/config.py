@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ DEFAULT_RETRY_FOR_S = 900.0
 
 DEFAULT_TIMEOUT_S = 120.0
 
+UNIX_SCHEME = "unix://"
+
+_MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, without its final zero
 _TOKEN = re.compile(r"[!-~]*")
 
 
@@ -31,7 +35,7 @@ class ClientSettings:
     """
 
     urls: tuple[str, ...]
-    """Servers of one and the same target: `http://host:port` each."""
+    """Servers of one and the same target: `http://host:port` or `unix:///path/of/socket` each."""
     device: torch.device
     """Where batches are delivered."""
     token: str | None = None
@@ -62,15 +66,7 @@ class ClientSettings:
         if not self.urls:
             raise InvalidRequest("urls must name at least one server, as http://host:port")
         for url in self.urls:
-            parts = urlsplit(url)
-            if (
-                parts.scheme not in ("http", "https")
-                or not parts.hostname
-                or parts.path.endswith("/v1")
-            ):
-                raise InvalidRequest(
-                    f"a URL must be http://host:port or https://host:port, without /v1; got {url!r}"
-                )
+            _check_url(url)
         if len(set(self.urls)) != len(self.urls):
             raise InvalidRequest(f"each server may be named once; got {list(self.urls)}")
         if self.encoding != "auto" and self.encoding not in ENCODINGS:
@@ -115,6 +111,29 @@ class ClientSettings:
     def in_flight(self) -> int:
         """Requests sent at once."""
         return self.max_in_flight or 2 * len(self.urls)
+
+
+def _check_url(url: str) -> None:
+    if url.startswith(UNIX_SCHEME):
+        path = url.removeprefix(UNIX_SCHEME)
+        length = len(os.fsencode(path))
+        if not path.startswith("/") or "\0" in path or length > _MAX_UNIX_PATH_BYTES:
+            raise InvalidRequest(
+                "a Unix socket's URL must be unix:// and an absolute path of at most "
+                f"{_MAX_UNIX_PATH_BYTES} bytes, as unix:///run/eagle3.sock; got {url!r}"
+            )
+        return
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_right = is_right and parts.port != 0 and not (parts.query or parts.fragment)
+    except ValueError:  # a port that is no number, or a host's brackets left open
+        is_right = False
+    if not is_right or parts.path.endswith("/v1"):
+        raise InvalidRequest(
+            "a URL must be http://host:port, https://host:port (without /v1) or "
+            f"unix:///path/of/socket; got {url!r}"
+        )
 
 
 def choose_encoding(settings: ClientSettings, info: ModelInfo) -> str:

@@ -9,8 +9,12 @@ import httpx
 import torch
 from pydantic import ValidationError
 
+from eagle3_client.config import UNIX_SCHEME
+from eagle3_client.http1 import remedy_of_lasting
+from eagle3_client.transport import HttpTransport
 from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.errors import (
+    InvalidRequest,
     MalformedPayload,
     ProtocolMismatch,
     RemoteEagle3Error,
@@ -35,6 +39,7 @@ from eagle3_schemas.tensors import byte_view
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_RESPONSE_BYTES = 1 << 38  # no response is that large; a length that lies must not allocate it
+_MAX_PROBLEM_BYTES = 1 << 16
 
 
 class Connection:
@@ -43,11 +48,14 @@ class Connection:
     Every failure is a RemoteEagle3Error that carries the server's words and URL.
 
     Args:
-        url: `http://host:port`.
+        url: `http://host:port`, `https://host:port` or `unix:///path/of/socket`.
         token: bearer token, or None.
         timeout_s: seconds without a byte before an attempt is given up.
         max_connections: sockets kept to this server.
-        transport: httpx transport to use instead of the network's.
+        transport: httpx transport to use instead of `HttpTransport`.
+
+    Raises:
+        InvalidRequest: a `unix://` URL and a transport, which connects elsewhere.
     """
 
     def __init__(
@@ -68,18 +76,28 @@ class Connection:
         headers = {"accept-encoding": "identity"}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
+        uds = url.removeprefix(UNIX_SCHEME) if url.startswith(UNIX_SCHEME) else None
+        if transport is None:
+            transport = HttpTransport(uds=uds, max_keepalive_connections=max_connections)
+        elif uds is not None:
+            raise InvalidRequest(
+                f"{url} brings its own transport; got another. Drop one of the two, or name the "
+                "socket in yours, as httpx.HTTPTransport(uds=...), and http://localhost as the URL"
+            )
         self._http = httpx.Client(
-            base_url=url,
+            base_url="http://localhost" if uds is not None else url,
             headers=headers,
             timeout=self._timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_connections),
             transport=transport,
             # A target is a direct peer: an ambient http_proxy could not reach a cluster's address.
             trust_env=False,
         )
 
     def close(self) -> None:
-        """Close the sockets; requests under way fail."""
+        """Close the sockets; requests under way fail at once.
+
+        With another transport than `HttpTransport` one that waits for a byte may go on waiting.
+        """
         self._http.close()
 
     def check_ready(self, timeout_s: float) -> None:
@@ -179,12 +197,15 @@ class Connection:
         except httpx.TransportError as exc:
             if self._http.is_closed:
                 raise RemoteEagle3Error("the backend was closed", url=self.url) from exc
-            raise TransportError(
-                f"{type(exc).__name__}: {exc or 'no answer'}; check that the server runs, and that "
-                "the URL and its scheme are right",
+            lasting = remedy_of_lasting(exc)
+            remedy = lasting or "check that the server runs, and that the URL is right"
+            error = TransportError(
+                f"{type(exc).__name__}: {exc or 'no answer'}; {remedy}",
                 url=self.url,
                 request_id=request_id,
-            ) from exc
+            )
+            error.is_retryable = lasting is None
+            raise error from exc
         except RuntimeError as exc:
             if not self._http.is_closed:
                 raise
@@ -204,13 +225,17 @@ class Connection:
         body = torch.empty(int(length), dtype=torch.uint8)
         view = byte_view(body)
         received = 0
-        for chunk in response.iter_raw():
-            if received + len(chunk) > view.nbytes:
-                raise TransportError(
-                    f"the response is longer than its {length} bytes", url=self.url
-                )
-            view[received : received + len(chunk)] = chunk
-            received += len(chunk)
+        if (readinto := response.extensions.get("readinto")) is not None:
+            while received < view.nbytes and (count := readinto(view[received:])):
+                received += count
+        else:
+            for chunk in response.iter_raw():
+                if received + len(chunk) > view.nbytes:
+                    raise TransportError(
+                        f"the response is longer than its {length} bytes", url=self.url
+                    )
+                view[received : received + len(chunk)] = chunk
+                received += len(chunk)
         if received != view.nbytes:
             raise TransportError(
                 f"expected {length} bytes; the response ended after {received}", url=self.url
@@ -219,10 +244,7 @@ class Connection:
 
     def _problem(self, response: httpx.Response) -> RemoteEagle3Error:
         """Rebuild the server's error, keeping its words."""
-        try:
-            text = response.read().decode(errors="replace")
-        except httpx.DecodingError:  # a gateway's body, compressed though we asked for identity
-            text = ""
+        text = _text(response)
         try:
             problem = Problem.model_validate_json(text)
         except ValidationError:
@@ -234,3 +256,16 @@ class Connection:
         after = response.headers.get("retry-after", "")
         error.retry_after_s = float(after) if after.isascii() and after.isdigit() else None
         return error
+
+
+def _text(response: httpx.Response) -> str:
+    """Return the beginning of a body as text: a gateway's may have any length."""
+    body = b""
+    try:
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > _MAX_PROBLEM_BYTES:
+                break
+    except httpx.DecodingError:  # a gateway's body, compressed though we asked for identity
+        return ""
+    return body.decode(errors="replace")
