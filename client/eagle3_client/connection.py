@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 
 import httpx
 import torch
@@ -22,6 +23,7 @@ from eagle3_schemas.errors import (
     error_from_problem,
 )
 from eagle3_schemas.frame import EncodedFrame, Frame, decode, encode
+from eagle3_schemas.host_buffers import HostBuffers
 from eagle3_schemas.messages import Problem
 from eagle3_schemas.protocol import (
     DRAFT_HEAD_PATH,
@@ -41,6 +43,12 @@ _CONNECT_TIMEOUT_S = 10.0
 _MAX_RESPONSE_BYTES = 1 << 38  # no response is that large; a length that lies must not allocate it
 _MAX_PROBLEM_BYTES = 1 << 16
 
+Take = Callable[[int], torch.Tensor]
+
+
+def _fresh(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
 
 class Connection:
     """Speaks the protocol with one server. Thread-safe: requests run side by side.
@@ -51,7 +59,7 @@ class Connection:
         url: `http://host:port`, `https://host:port` or `unix:///path/of/socket`.
         token: bearer token, or None.
         timeout_s: seconds without a byte before an attempt is given up.
-        max_connections: sockets kept to this server.
+        buffers: pool to receive supervision into; None takes fresh memory, which batches may keep.
         transport: httpx transport to use instead of `HttpTransport`.
 
     Raises:
@@ -64,13 +72,14 @@ class Connection:
         *,
         token: str | None,
         timeout_s: float,
-        max_connections: int,
+        buffers: HostBuffers | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url
         self.bytes_received = 0
         self._lock = threading.Lock()
         self._registered: set[str] = set()
+        self._take = _fresh if buffers is None else buffers.take
         self._timeout_s = timeout_s
         self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
         headers = {"accept-encoding": "identity"}
@@ -78,7 +87,7 @@ class Connection:
             headers["authorization"] = f"Bearer {token}"
         uds = url.removeprefix(UNIX_SCHEME) if url.startswith(UNIX_SCHEME) else None
         if transport is None:
-            transport = HttpTransport(uds=uds, max_keepalive_connections=max_connections)
+            transport = HttpTransport(uds=uds)
         elif uds is not None:
             raise InvalidRequest(
                 f"{url} brings its own transport; got another. Drop one of the two, or name the "
@@ -140,8 +149,9 @@ class Connection:
 
     def supervise(self, frame: EncodedFrame, request_id: str) -> Frame:
         """Send one supervision request and wait for its response."""
-        body = self._send("POST", SUPERVISION_PATH, frame, request_id)
-        return self._decode(body)
+        return self._decode(
+            self._send("POST", SUPERVISION_PATH, frame, request_id, take=self._take)
+        )
 
     def ensure_registered(self, vocab: DraftVocab, vocab_size: int) -> None:
         """Register a draft vocab unless this server is known to have it."""
@@ -176,6 +186,7 @@ class Connection:
         frame: EncodedFrame | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
+        take: Take = _fresh,
     ) -> torch.Tensor:
         """Send a request and return the body of a 200 answer as a 1-D uint8 tensor."""
         headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
@@ -193,7 +204,7 @@ class Connection:
             ) as response:
                 if response.status_code != 200:
                     raise self._problem(response)
-                body = self._receive(response)
+                body = self._receive(response, take)
         except httpx.TransportError as exc:
             if self._http.is_closed:
                 raise RemoteEagle3Error("the backend was closed", url=self.url) from exc
@@ -214,7 +225,7 @@ class Connection:
             self.bytes_received += body.numel()
         return body
 
-    def _receive(self, response: httpx.Response) -> torch.Tensor:
+    def _receive(self, response: httpx.Response, take: Take) -> torch.Tensor:
         """Read a body straight into one buffer of its announced length."""
         length = response.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()) or int(length[:20]) > _MAX_RESPONSE_BYTES:
@@ -222,7 +233,7 @@ class Connection:
                 f"expected a content-length up to {_MAX_RESPONSE_BYTES}; got {length[:40]!r}",
                 url=self.url,
             )
-        body = torch.empty(int(length), dtype=torch.uint8)
+        body = take(int(length))
         view = byte_view(body)
         received = 0
         if (readinto := response.extensions.get("readinto")) is not None:

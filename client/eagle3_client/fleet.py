@@ -12,6 +12,7 @@ import torch
 
 from eagle3_client.config import ClientSettings
 from eagle3_client.connection import Connection
+from eagle3_client.device import receive_buffers
 from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.draft_head import DraftHead
 from eagle3_schemas.errors import FingerprintMismatch, InvalidRequest, ProtocolMismatch
@@ -38,12 +39,13 @@ class Fleet:
     """
 
     def __init__(self, settings: ClientSettings, transport: httpx.BaseTransport | None) -> None:
+        buffers = receive_buffers(settings.device)
         self.connections = [
             Connection(
                 url,
                 token=settings.token,
                 timeout_s=settings.timeout_s,
-                max_connections=settings.in_flight,
+                buffers=buffers,
                 transport=transport,
             )
             for url in settings.urls

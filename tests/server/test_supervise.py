@@ -312,9 +312,7 @@ def test_an_encoding_the_target_does_not_offer_is_refused_with_those_it_does(
     assert backend.model_info().encodings == ("probs", "logits")
     with pytest.raises(InvalidRequest, match=r"hidden.*\['probs', 'logits'\]"):
         backend.generate_batch(*inputs)
-    connection = Connection(
-        "http://target", token=None, timeout_s=9, max_connections=1, transport=bridge
-    )
+    connection = Connection("http://target", token=None, timeout_s=9, transport=bridge)
     _, frame = pack_request(
         TokenBatch(inputs.input_ids, inputs.attention_mask.bool(), inputs.loss_mask.bool()),
         request_id="request-7",

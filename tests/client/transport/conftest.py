@@ -74,7 +74,6 @@ class Server:
             self.http_url,
             token=None,
             timeout_s=timeout_s,
-            max_connections=8,
             transport=self.transport(kind),
         )
 

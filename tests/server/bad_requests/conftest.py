@@ -20,9 +20,7 @@ def bridge(build_model: Any, serve: Any) -> Any:
 @pytest.fixture
 def connection(bridge: Any) -> Connection:
     """A registered draft vocab, and no client-side checks in front of the server's."""
-    connection = Connection(
-        "http://target", token=None, timeout_s=9, max_connections=1, transport=bridge
-    )
+    connection = Connection("http://target", token=None, timeout_s=9, transport=bridge)
     connection.ensure_registered(DraftVocab.from_ids(DRAFT_IDS), VOCAB_SIZE)
     return connection
 
