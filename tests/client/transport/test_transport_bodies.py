@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 
 from eagle3_client import InvalidRequest, TransportError
 from eagle3_client.config import ClientSettings
+from eagle3_client.connection import Connection
 from eagle3_client.transport import HttpTransport
 from eagle3_schemas.frame import encode
 from eagle3_schemas.protocol import EMBEDDINGS_PATH, READY_PATH
@@ -97,6 +99,22 @@ def test_a_frame_is_received_whole_by_either_transport(
     assert len(server.opened) == 1
 
 
+def test_a_transport_may_fill_a_view_in_part() -> None:
+    """As `readinto` of sockets does."""
+    body = io.BytesIO(encode({}, {"weight": torch.arange(5.0)}).to_bytes())
+
+    def answer(_request: httpx.Request) -> httpx.Response:
+        headers = {"content-length": str(len(body.getbuffer()))}
+        extensions = {"readinto": lambda view: body.readinto(view[:7])}
+        return httpx.Response(200, headers=headers, extensions=extensions)
+
+    connection = Connection(
+        "http://a", token=None, timeout_s=1, max_connections=1,
+        transport=httpx.MockTransport(answer),
+    )  # fmt: skip
+    assert torch.equal(connection.input_embeddings().tensors["weight"], torch.arange(5.0))
+
+
 def test_threads_at_once_each_get_their_own(uvicorn_server: Any, link: str, kind: str) -> None:
     """Compared at the end, with all bodies still held: no buffer is used twice."""
     sizes = [0, 1000, 70_000, 3 << 20]
@@ -122,6 +140,17 @@ def test_requests_share_one_connection_also_after_errors(
             connection.check_ready(60)
     connection.close()
     server.wait_until_lost()
+    assert len(server.opened) == 1
+
+
+def test_a_body_read_to_its_end_gives_its_connection_back_at_once(
+    uvicorn_server: Any, link: str
+) -> None:
+    """Though its response is still open."""
+    server = uvicorn_server(link, app, lifespan="off")
+    with server.client() as client, client.stream("GET", "/9/0") as response:
+        assert response.extensions["readinto"](memoryview(bytearray(9))) == 9
+        assert client.get("/9/4").content == content(9, 4)
     assert len(server.opened) == 1
 
 

@@ -68,12 +68,26 @@ def test_a_server_that_takes_no_body_is_a_write_timeout(peer: Any, link: str, ki
         is_over.set()
 
 
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_each_timeout_is_its_own(peer: Any, link: str, kind: str, what: str) -> None:
+    is_over = threading.Event()
+    server = peer(link, lambda _: is_over.wait(60))
+    timeout = httpx.Timeout(600, **{what: 0.3})
+    with httpx.Client(
+        transport=server.transport(kind), base_url=server.http_url, timeout=timeout
+    ) as client:
+        with pytest.raises(httpx.ReadTimeout if what == "read" else httpx.WriteTimeout):
+            client.post("/", content=bytes(10 if what == "read" else 64 << 20))
+        is_over.set()
+
+
 def test_an_answer_that_refuses_a_body_unread_is_heard(peer: Any, link: str, kind: str) -> None:
     def script(far_end: Any) -> None:
         far_end.read_request()
         far_end.answer(b"too large", b"HTTP/1.1 413 Content Too Large\r\nconnection: close\r\n")
-        # Reading on, or the reset of a closed socket would throw the answer away.
-        far_end.sock.shutdown(socket.SHUT_WR) if link != "tls" else None
+        if link == "unix":
+            return far_end.sock.shutdown(socket.SHUT_RDWR)  # the client cannot send the rest
+        # Reading on: the reset of a closed TCP socket would throw the answer away.
         far_end.wait_until_left()
 
     with peer(link, script).client(kind) as client:
@@ -406,6 +420,22 @@ def test_a_hostile_answer_is_a_transport_error_and_little_is_read(
     connection.close()
     server.wait_until_lost()
     assert server.opened[0].sent < 16 << 20  # what sockets buffer, not what was on offer
+
+
+@pytest.mark.parametrize(
+    "answer", ["length-negative", "length-signed", "length-of-5000-digits", "two-lengths"]
+)
+def test_a_length_that_is_none_is_refused_by_the_transport_itself(peer: Any, answer: str) -> None:
+    def script(far_end: Any) -> None:
+        far_end.read_request()
+        far_end.send(HOSTILE[answer])
+
+    words = "expected one content-length"
+    with (
+        peer("tcp", script).client() as client,
+        pytest.raises(httpx.RemoteProtocolError, match=words),
+    ):
+        client.get("/")
 
 
 @pytest.mark.parametrize(
