@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eagle3_client import RemoteEagle3Error, TransportError
+from eagle3_client.transport import HttpTransport
 
 
 @pytest.fixture
@@ -133,3 +134,21 @@ def test_close_affects_no_other_backend_on_the_server(
         abandoned.result(5)
     target.gate.set()
     matches(kept.result(60), expect(model, inputs, draft_ids))
+
+
+def test_a_deep_prefetch_keeps_its_connections(
+    model: Any, live_server: Any, connect: Any, batch_of: Any, draft_ids: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    opened: list[object] = []
+    inner = HttpTransport._connect
+
+    def counting(transport: HttpTransport, *arguments: Any) -> Any:
+        opened.append(arguments)
+        return inner(transport, *arguments)
+
+    monkeypatch.setattr(HttpTransport, "_connect", counting)
+    backend = connect(None, draft_ids, urls=live_server(model))
+    batches = [tuple(batch_of(model.config.vocab_size, seed=seed)) for seed in range(60)]
+    assert len(list(backend.prefetch(batches, 12))) == 60
+    assert len(opened) <= 12

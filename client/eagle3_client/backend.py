@@ -37,7 +37,8 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     `retry_for_s` seconds; batches are never skipped, resampled or reordered.
 
     Args:
-        urls: one URL, a comma-separated list, or a sequence: servers of the same target.
+        urls: one URL (`http://`, `https://`, `unix:///path`), a comma-separated list, or a
+            sequence: servers of the same target.
         device: where batches are delivered.
         token: bearer token, if the servers ask for one.
         aux_layer_ids: three layers to capture (layer outputs); None takes the server's default.
@@ -50,7 +51,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         retry_for_s: seconds after which a request that keeps failing raises.
         max_retries: also a limit on the number of repeats; None for none.
         max_in_flight: requests sent at once; None is two a server, more for a deeper `prefetch`.
-        transport: httpx transport to use instead of the network's, as tests do.
+        transport: httpx transport to use instead, such as `httpx.HTTPTransport(proxy=…)`.
 
     Raises:
         InvalidRequest: an argument that cannot work, with what would.

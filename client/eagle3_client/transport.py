@@ -39,7 +39,7 @@ class HttpTransport(httpx.BaseTransport):
         *,
         uds: str | None = None,
         ssl_context: ssl.SSLContext | None = None,
-        max_keepalive_connections: int = 8,
+        max_keepalive_connections: int = 64,
     ) -> None:
         self._uds, self._given_ssl_context = uds, ssl_context
         self._max_idle = max_keepalive_connections

@@ -53,7 +53,8 @@ class DaemonWorkers:
     def close(self) -> None:
         """Cancel what has not started, fail what is running, end idle threads; waits for nothing.
 
-        A thread that waits for a byte from the network cannot be woken; whoever waits for it can.
+        Whoever waits for a thread is woken even where that cannot be: a transport of the caller's
+        may wait for a byte from the network.
         """
         with self._lock:
             self._is_closed = True
