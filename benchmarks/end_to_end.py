@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         markdown_table(["target", "supervised", "process", "MiB"], memory),
         markdown_table(["what", "measured", "target", ""], rows),
     ]
+    results["verdicts"] = rows
     publish(arguments.out, "end_to_end", "End to end against the peer", results, parts)
     return 0
 

@@ -11,23 +11,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 from common import (
-    RESULTS,
     Target,
-    caption,
+    add_output_options,
     hardware,
     interleaved,
     markdown_table,
     provenance,
+    publish,
     ratio,
     served,
     spread,
-    write_json,
 )
 from head_bytes import sizes
 from head_memory import FIXED_MALLOC, peak_mib
@@ -54,6 +52,12 @@ from eagle3_server import TransformersTarget
 from text import TokenBatch
 
 REAL = 0.27
+QUICK = (
+    *("--hidden-size=64", "--vocab-size=20011", "--draft-vocab-size=2000", "--batch-size=2"),
+    *("--lengths", "64", "128", "--length=128", "--rounds=2"),
+    *("--trim-shape", "64", "6", "1000", "500"),
+)
+"""Arguments of `--quick`; what else is given wins."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", default=["memory", "time", "trim", "bytes"])
     trim_shape = [576, 30, 49152, 12288]  # H, L, V, D
     parser.add_argument("--trim-shape", type=int, nargs=4, default=trim_shape)
-    parser.add_argument("--results", type=Path, default=RESULTS / "head.json")
-    arguments = parser.parse_args(argv)
+    add_output_options(parser)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args([*QUICK, *words] if "--quick" in words else words)
     names = vars(ModelShape()).keys()
     shape = ModelShape(**{name: getattr(arguments, name) for name in names})
-    words = sys.argv[1:] if argv is None else argv
     results: dict[str, Any] = {"provenance": provenance("head.py", words)}
     results["colocated"] = colocated_name()
     tables = [f"{hardware()}; co-located path: {results['colocated']}."]
@@ -85,10 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in arguments.parts:
         rows += parts[part](shape, arguments, results, tables)
     tables.append(markdown_table(["what", "measured", "target", ""], rows))
-    text = "\n\n".join([caption(results["provenance"]), *tables])
-    print(text)
-    write_json(arguments.results, results)
-    arguments.results.with_suffix(".md").write_text(f"# Rows-only head\n\n{text}\n", "utf-8")
+    results["verdicts"] = rows
+    publish(arguments.out, "head", "Rows-only head", results, tables)
     return 0
 
 

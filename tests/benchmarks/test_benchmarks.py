@@ -62,11 +62,7 @@ def test_fidelity_table(tmp_path: Path) -> None:
 
 def test_head_tables(tmp_path: Path) -> None:
     results = tmp_path / "head.json"
-    sizes = {"hidden-size": 64, "vocab-size": 20011, "draft-vocab-size": 2000, "batch-size": 2}
-    arguments = [f"--{name}={value}" for name, value in sizes.items()]
-    arguments += ["--lengths", "64", "128", "--length", "128", "--rounds", "2"]
-    arguments += ["--trim-shape", "64", "6", "1000", "500"]
-    output = run("head.py", *arguments, "--results", str(results))
+    output = run("head.py", "--quick", "--out", str(tmp_path))
 
     content = json.loads(results.read_text())
     peaks = {
