@@ -28,6 +28,7 @@ from wire_raw import RawClient
 from eagle3_client.connection import Connection
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.exchange import pack_request
+from eagle3_schemas.host_buffers import HostBuffers
 
 ENCODINGS = {
     "ours, `hidden`, aux fp8": ("hidden", "float8_e4m3"),
@@ -150,7 +151,7 @@ def linked(
         raw = stack.enter_context(RawClient(through[RAW], mib))
         cases = {RAW: Case(partial(raw.receive, mib), mib * MIB, 1, 0)}
         connection = Connection(
-            f"http://127.0.0.1:{through['ours']}", token=None, timeout_s=60, max_connections=4
+            f"http://127.0.0.1:{through['ours']}", token=None, timeout_s=60, buffers=HostBuffers()
         )
         stack.callback(connection.close)
         batch = token_batch(arguments.tokens, arguments.supervised)

@@ -36,6 +36,7 @@ from eagle3_client import connection as connection_module
 from eagle3_client.connection import Connection
 from eagle3_client.transport import HttpTransport
 from eagle3_schemas.frame import decode, encode
+from eagle3_schemas.host_buffers import HostBuffers
 from eagle3_schemas.protocol import REQUEST_ID_HEADER, SUPERVISION_PATH
 from eagle3_schemas.tensors import byte_view
 
@@ -131,7 +132,7 @@ def connect(stack: ExitStack, sizes: Sequence[int], notes: list[str]) -> dict[st
 
 
 def our_client(url: str, transport: httpx.BaseTransport | None = None) -> Connection:
-    return Connection(url, token=None, timeout_s=60, max_connections=2, transport=transport)
+    return Connection(url, token=None, timeout_s=60, buffers=HostBuffers(), transport=transport)
 
 
 def cases(connections: dict[str, Any], mib: int) -> Cases:

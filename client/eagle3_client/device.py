@@ -1,7 +1,4 @@
-"""Where batches are rebuilt: on a GPU, a stream beside the trainer's; elsewhere, just here.
-
-None of it does anything for a CPU trainer, whose batches are views of the received body.
-"""
+"""Where batches are rebuilt: on a GPU, a stream beside the trainer's; elsewhere, just here."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from eagle3_schemas.host_buffers import HostBuffers
 _own = threading.local()
 
 
-def receive_buffers(device: torch.device) -> HostBuffers | None:
-    """Return a pool of pinned buffers to receive bodies into; None for a device without copies.
+def receive_buffers(device: torch.device) -> HostBuffers:
+    """Return a pool to receive supervision into: page-locked memory for a GPU's trainer.
 
-    A buffer behind a CPU batch lives as long as the batch, so pooling it would gain nothing.
+    A CPU batch is a view of the body it came in, and keeps its buffer until the last view dies.
     """
-    return HostBuffers(pinned=True) if device.type == "cuda" else None
+    return HostBuffers(pinned=device.type == "cuda")
 
 
 @contextmanager

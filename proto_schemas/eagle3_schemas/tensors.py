@@ -35,8 +35,12 @@ Checksum = tuple[int, int]
 
 _WORD = 8
 _MASK64 = (1 << 64) - 1
-_CPU_BLOCK_WORDS = 1 << 17  # 1 MiB: both passes over a block hit the cache (13 GB/s against 8)
 _COLUMNS = 64
+# torch uses one thread below 32,768 elements. More would gain little, as one core reads at nearly
+# memory speed, and lose a lot on a busy machine, where threads spin while they wait for each other
+# (0.1 GB/s instead of 10). 256 KiB also stay in the cache for the second of two passes.
+_CPU_ROWS = 511
+_CPU_BLOCKS = 64
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
@@ -93,6 +97,23 @@ def _sums(words: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def _add_block_sums(words: torch.Tensor, total: torch.Tensor) -> None:
+    """Add the sums of whole blocks of CPU memory to `total`, on the calling thread alone."""
+    blocks = words.view(-1, _CPU_ROWS, _COLUMNS)
+    columns = torch.arange(1, _COLUMNS + 1)
+    for start in range(0, blocks.shape[0], _CPU_BLOCKS):
+        some = blocks[start : start + _CPU_BLOCKS]
+        row_sums = words.new_empty(some.shape[0], _CPU_ROWS)
+        column_sums = words.new_empty(some.shape[0], _COLUMNS)
+        for block, rows_out, columns_out in zip(some, row_sums, column_sums, strict=True):
+            torch.sum(block, 1, out=rows_out)
+            torch.sum(block, 0, out=columns_out)
+        first_row = start * _CPU_ROWS
+        rows = torch.arange(first_row, first_row + row_sums.numel()).view_as(row_sums)
+        total[0] += row_sums.sum()
+        total[1] += (rows * row_sums).sum() * _COLUMNS + (columns * column_sums).sum()
+
+
 def checksum_on_device(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's checksum as [2] int64 on its own device, without synchronising.
 
@@ -104,12 +125,14 @@ def checksum_on_device(tensor: torch.Tensor) -> torch.Tensor:
     whole = data.numel() // _WORD * _WORD
     words = data[:whole].view(torch.int64) if whole else data.new_empty(0, dtype=torch.int64)
     count = words.numel()
+    in_blocks = 0
     total = torch.zeros(2, dtype=torch.int64, device=data.device)
-    block_words = _CPU_BLOCK_WORDS if data.device.type == "cpu" else max(count, 1)
-    for start in range(0, count, block_words):
-        block = _sums(words[start : start + block_words])
-        block[1] += block[0] * start
-        total += block
+    if data.device.type == "cpu":
+        in_blocks = count - count % (_CPU_ROWS * _COLUMNS)
+        _add_block_sums(words[:in_blocks], total)
+    rest = _sums(words[in_blocks:])
+    rest[1] += rest[0] * in_blocks
+    total += rest
     if whole < data.numel():
         last = torch.zeros(_WORD, dtype=torch.uint8, device=data.device)
         last[: data.numel() - whole] = data[whole:]

@@ -22,9 +22,10 @@ from eagle3_schemas.tensors import (
 )
 
 PROPERTY = settings()  # the profile of tests/conftest.py
-MIB = 1 << 20
 WORD = 8
 ROW = 64 * WORD  # the checksum runs over 64 columns of words, then over the rest
+BLOCK = 511 * ROW  # on the CPU over blocks of so many rows
+GROUP = 64 * BLOCK  # whose sums are joined by so many
 
 
 def slow_checksum(data: bytes) -> tuple[int, int]:
@@ -57,9 +58,9 @@ def test_checksum_of_few_bytes_is_its_definition(count: int) -> None:
 
 AROUND_BOUNDARIES = [
     boundary + change
-    for boundary in (ROW, 2 * ROW, 7 * ROW, MIB, MIB + ROW, 2 * MIB)
+    for boundary in (ROW, 2 * ROW, 7 * ROW, BLOCK, BLOCK + ROW, 2 * BLOCK)
     for change in (-WORD - 1, -WORD, -1, 0, 1, WORD - 1, WORD, WORD + 3)
-]
+] + [GROUP - 1, GROUP, GROUP + 1, GROUP + BLOCK + ROW + 3]
 
 
 @pytest.mark.parametrize("count", AROUND_BOUNDARIES)
@@ -68,7 +69,7 @@ def test_checksum_is_its_definition_around_rows_and_blocks(count: int) -> None:
     assert checksum(data) == slow_checksum(bytes(byte_view(data)))
 
 
-@pytest.mark.parametrize("count", [WORD, ROW + WORD, MIB + ROW + 5])
+@pytest.mark.parametrize("count", [WORD, ROW + WORD, BLOCK + ROW + 5])
 def test_checksum_wraps_where_every_word_is_at_its_largest(count: int) -> None:
     data = torch.full((count,), 255, dtype=torch.uint8)
     assert checksum(data) == slow_checksum(b"\xff" * count)
@@ -167,7 +168,7 @@ def test_two_swapped_neighbours_that_differ_always_change_it(
     assert before != after
 
 
-@pytest.mark.parametrize("distance", [ROW, MIB])
+@pytest.mark.parametrize("distance", [WORD, ROW, BLOCK, GROUP])
 def test_swapped_rows_and_blocks_change_it(distance: int) -> None:
     data = random_bytes(3 * distance)
     swapped = torch.cat((data[distance : 2 * distance], data[:distance], data[2 * distance :]))
