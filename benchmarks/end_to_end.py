@@ -41,9 +41,8 @@ OURS = {
     "ours, hidden, rebuilt elsewhere": ["--encoding=hidden", "--rebuild-elsewhere"],
 }
 SERVE = ("-m", "eagle3_client.cli", "serve", "--dtype=float32")
-HEADER = "target|supervised|path|ms/batch|peer / path|co-located / path|up|down|exact=True".split(
-    "|"
-)
+COLUMNS = ("target", "supervised", "path", "ms/batch", "peer / path", "co-located / path")
+BYTES_AND_EQUALITY = ("up", "down", "exact=True")
 STREAM_BATCHES = 3
 
 
@@ -75,14 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += overlap_verdict(name, found)
     parts = [
         f"float32, {prepared.shape}; {arguments.rounds} interleaved rounds, median (range). "
-        "`auto` on a CPU trainer is `probs`, which it need not rebuild; `hidden` it rebuilds on the "
-        "server's own cores, or not at all (`rebuilt elsewhere`: a trainer's GPU does it in a "
-        "millisecond). `up` and `down` are bytes of TCP "
-        "payload per token. `exact=True`: a batch of ours compared with the peer's. Every supervised token of the random models is in the draft vocab.",
-        markdown_table(
-            HEADER,
-            lines,
-        ),
+        "`auto` on a CPU trainer is `probs`, which it need not rebuild; `hidden` it rebuilds on "
+        "the server's own cores, or not at all (`rebuilt elsewhere`: a trainer's GPU does it in a "
+        "millisecond). `up` and `down` are bytes of TCP payload per token. `exact=True`: a batch "
+        "of ours compared with the peer's. Every supervised token of the random models is in the "
+        "draft vocab.",
+        markdown_table([*COLUMNS, *BYTES_AND_EQUALITY], lines),
         "Peak resident memory, weights included, in the same rounds:",
         markdown_table(["target", "supervised", "process", "MiB"], memory),
         markdown_table(["what", "measured", "target", ""], rows),
@@ -141,8 +138,9 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
         pids |= {"ours: server": ours.pid, "peer: server": peer.pid}
         for level in map(str, arguments.supervised):
             equality = compare(trainers[PEER], exact, level, directory)
-            for child in trainers.values():
-                child.ask("run", level=level, index=0)  # unmeasured
+            if not found["levels"]:  # the first asked of a process is not measured
+                for child in trainers.values():
+                    child.ask("run", level=level, index=0)
             for pid in pids.values():
                 reset_peak(pid)
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
