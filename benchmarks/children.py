@@ -155,6 +155,12 @@ def peak_bytes(pid: int) -> int:
     raise RuntimeError(f"no VmHWM of process {pid}")
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time a process has used, all threads, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def tcp_bytes() -> dict[int, tuple[int, int]]:
     """Return what each open TCP connection of this process has sent (acknowledged) and received.
 
