@@ -155,22 +155,38 @@ def peak_bytes(pid: int) -> int:
     raise RuntimeError(f"no VmHWM of process {pid}")
 
 
-def tcp_bytes() -> tuple[int, int]:
-    """Return what this process's open TCP connections have sent (acknowledged) and received.
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time a process has used, all threads, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    Read from the kernel, so that every client counts alike, heads of messages included.
+
+def tcp_bytes() -> dict[int, tuple[int, int]]:
+    """Return what each open TCP connection of this process has sent (acknowledged) and received.
+
+    Read from the kernel, so that every client counts alike, heads of messages included. Keyed by
+    inode, since clients close idle connections and open others.
     """
-    sent = received = 0
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+            status = os.fstat(int(name))
+            if not stat.S_ISSOCK(status.st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         except OSError:  # closed meanwhile, or not TCP
             continue
-        acked, got = _BYTES_ACKED.unpack_from(info)
-        sent, received = sent + acked, received + got
+        found[status.st_ino] = _BYTES_ACKED.unpack_from(info)
+    return found
+
+
+def tcp_bytes_since(before: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the bytes sent and received since; a connection closed since then is not counted."""
+    sent = received = 0
+    for inode, (acked, got) in tcp_bytes().items():
+        then = before.get(inode, (0, 0))
+        sent, received = sent + acked - then[0], received + got - then[1]
     return sent, received
 
 

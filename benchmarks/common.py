@@ -24,6 +24,7 @@ import transformers
 import uvicorn
 from torch import Tensor
 
+from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import Eagle3TargetBatch
 from eagle3_server import ServerSettings, TransformersTarget, create_app
 
@@ -79,7 +80,10 @@ def in_flight(
     backend: Any, batches: Iterable[tuple[Tensor, ...]], depth: int
 ) -> Iterator[Eagle3TargetBatch | Any]:
     """Yield the supervision of batches in order, `depth` requests in flight; ours or the peer's."""
-    handles: deque[Any] = deque()
+    if isinstance(backend, RemoteEagle3Backend):
+        yield from (answer for _, answer in backend.prefetch(batches, depth))
+        return
+    handles: deque[Any] = deque()  # as the peer's recipe does it
     for batch in batches:
         handles.append(backend.generate_batch_async(*batch))
         if len(handles) == depth:

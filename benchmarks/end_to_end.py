@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from children import HERE, OUR_READY_PATH, PEER_READY_PATH, Child, peak_bytes, reset_peak, server
+from children import (
+    HERE,
+    OUR_READY_PATH,
+    PEER_READY_PATH,
+    Child,
+    cpu_seconds,
+    peak_bytes,
+    reset_peak,
+    server,
+)
 from common import (
     MIB,
     Seconds,
@@ -41,10 +50,9 @@ OURS = {
     "ours, hidden, rebuilt elsewhere": ["--encoding=hidden", "--rebuild-elsewhere"],
 }
 SERVE = ("-m", "eagle3_client.cli", "serve", "--dtype=float32")
-HEADER = "target|supervised|path|ms/batch|peer / path|co-located / path|up|down|exact=True".split(
-    "|"
-)
-STREAM_BATCHES = 3
+COLUMNS = ("target", "supervised", "path", "ms/batch", "CPU s")
+RATIOS_AND_BYTES = ("peer / path", "co-located / path", "up", "down", "exact=True")
+STREAM_BATCHES = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_output_options(parser)
     parser.add_argument("--targets", nargs="+", default=[REAL, "H512/V32k", "H1024/V128k"])
     parser.add_argument("--supervised", type=float, nargs="+", default=[0.3, 0.6, 1.0])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.targets, arguments.supervised, arguments.rounds = ["quick"], [0.6], 2
@@ -75,14 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += overlap_verdict(name, found)
     parts = [
         f"float32, {prepared.shape}; {arguments.rounds} interleaved rounds, median (range). "
-        "`auto` on a CPU trainer is `probs`, which it need not rebuild; `hidden` it rebuilds on the "
-        "server's own cores, or not at all (`rebuilt elsewhere`: a trainer's GPU does it in a "
-        "millisecond). `up` and `down` are bytes of TCP "
-        "payload per token. `exact=True`: a batch of ours compared with the peer's. Every supervised token of the random models is in the draft vocab.",
-        markdown_table(
-            HEADER,
-            lines,
-        ),
+        "`auto` on a CPU trainer is `probs`, which it need not rebuild; `hidden` it rebuilds on "
+        "the server's own cores, or not at all (`rebuilt elsewhere`: a trainer's GPU does it in a "
+        "millisecond). `CPU s`: CPU time of the server + of the client. `up` and `down`: bytes of "
+        "TCP payload per token. `exact=True`: a batch of ours compared with the peer's. Every "
+        "supervised token of the random models is in the draft vocab.",
+        markdown_table([*COLUMNS, *RATIOS_AND_BYTES], lines),
         "Peak resident memory, weights included, in the same rounds:",
         markdown_table(["target", "supervised", "process", "MiB"], memory),
         markdown_table(["what", "measured", "target", ""], rows),
@@ -141,17 +147,22 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> dict[str, Any]
         pids |= {"ours: server": ours.pid, "peer: server": peer.pid}
         for level in map(str, arguments.supervised):
             equality = compare(trainers[PEER], exact, level, directory)
-            for child in trainers.values():
-                child.ask("run", level=level, index=0)  # unmeasured
+            if not found["levels"]:  # the first asked of a process is not measured
+                for child in trainers.values():
+                    child.ask("run", level=level, index=0)
             for pid in pids.values():
                 reset_peak(pid)
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
             for index in range(arguments.rounds):
                 for name, child in trainers.items():
-                    rounds[name].append(
-                        child.ask("run", level=level, index=index % prepared.num_batches)
-                    )
-                    print(f"{prepared.name} {level} {name}: {rounds[name][-1]}", file=sys.stderr)
+                    server_pid = {PEER: peer.pid, COLOCATED: child.pid}.get(name, ours.pid)
+                    busy = {"client": child.pid, "server": server_pid}
+                    before = {who: cpu_seconds(pid) for who, pid in busy.items()}
+                    one = child.ask("run", level=level, index=index % prepared.num_batches)
+                    for who, pid in busy.items():
+                        one[f"{who}_cpu_seconds"] = cpu_seconds(pid) - before[who]
+                    rounds[name].append(one)
+                    print(f"{prepared.name} {level} {name}: {one}", file=sys.stderr)
             peaks = {name: peak_bytes(pid) for name, pid in pids.items()}
             found["levels"][level] = {"rounds": rounds, "peak": peaks, "equality": equality}
         if prepared.name in (REAL, "quick"):
@@ -200,14 +211,15 @@ def speed_lines(name: str, level: str, one: dict[str, Any], tokens: int) -> list
     worst = {tensor: value for tensor, value in one["equality"].items() if value}
     equality = "bit-equal" if not worst else f"differs: {worst}"
     for path, values in seconds.items():
-        up, down = (
-            statistics.median(r[way] for r in one["rounds"][path]) / tokens
-            for way in ("sent", "received")
-        )
+        rounds = one["rounds"][path]
+        medians = {field: statistics.median(r[field] for r in rounds) for field in rounds[0]}
+        up, down = medians["sent"] / tokens, medians["received"] / tokens
+        busy = ("client",) if path == COLOCATED else ("server", "client")
         lines.append(
             [
                 *(name, f"{float(level):.0%}", path),
                 f"{1000 * statistics.median(values):,.0f}",
+                " + ".join(f"{medians[f'{who}_cpu_seconds']:.2f}" for who in busy),
                 spread(ratio(seconds, PEER, path)),
                 spread(ratio(seconds, COLOCATED, path)),
                 *(("-", "-") if path == COLOCATED else (f"{up:,.1f}", f"{down:,.0f}")),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from children import answer_commands, tcp_bytes
+from children import answer_commands, tcp_bytes, tcp_bytes_since
 from common import in_flight
 from simulated import rebuild_elsewhere
 from torch import Tensor
@@ -83,7 +83,7 @@ class Trainer:
         started = time.perf_counter()
         answer = self._supervise(batch)
         seconds = time.perf_counter() - started
-        sent, received = (now - then for now, then in zip(tcp_bytes(), before, strict=True))
+        sent, received = tcp_bytes_since(before)
         del answer
         return {"seconds": seconds, "sent": sent, "received": received}
 

@@ -111,7 +111,7 @@ def measure(
             }
             (once if path == "peer-projecting" else cases).update(alone)
             if len(clients) > 1:
-                each = max(2 * count // CLIENTS, 1)
+                each = max(2 * count // CLIENTS, 2)
                 case = partial(served, clients, batch, 1, each)
                 (cases if path == "ours" else once)[name(path, CLIENTS, 1)] = case
         seconds: Seconds = {case: [] for case in (*cases, *once)}
@@ -130,18 +130,19 @@ def bare(target: SimulatedTarget, job: Any, count: int) -> float:
 
 
 def served(clients: Sequence[Any], batch: TokenBatch, depth: int, count: int) -> float:
-    """Return seconds per batch between the first delivery and that which ends the steady state.
+    """Return seconds per batch in the steady state: between two deliveries, far apart.
 
     Args:
         clients: each on a thread of its own.
         batch: asked for again and again.
         depth: requests each keeps in flight.
-        count: batches of each client, beside the first.
+        count: batches of each client between the two.
     """
     times: list[float] = []
+    warm_up = min(depth, 2)
 
     def train(client: Any) -> None:
-        for _ in in_flight(client, [batch] * (count + 1), depth):
+        for _ in in_flight(client, [batch] * (warm_up + count), depth):
             times.append(time.perf_counter())
 
     threads = [threading.Thread(target=train, args=(client,)) for client in clients]
@@ -149,11 +150,12 @@ def served(clients: Sequence[Any], batch: TokenBatch, depth: int, count: int) ->
         thread.start()
     for thread in threads:
         thread.join()
-    if len(times) != len(clients) * (count + 1):
+    if len(times) != len(clients) * (warm_up + count):
         raise RuntimeError("a client failed; its traceback is above")
-    last = len(times) - len(clients)  # the last of each: fewer and fewer clients still ask
     times.sort()
-    return (times[last] - times[0]) / last
+    # From the last of every client's warm-up to the last before a client has no more to ask for.
+    first, last = len(clients) * warm_up - 1, len(times) - len(clients)
+    return (times[last] - times[first]) / (last - first)
 
 
 @contextmanager
