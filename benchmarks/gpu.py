@@ -26,7 +26,7 @@ from common import (
     publish,
     served,
 )
-from gpu_report import Shape, tables
+from gpu_report import Shape, tables, verdicts
 from head_model import Vocab, colocated, covering_vocab
 from simulated import rebuild_elsewhere
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "copy_gb_s": copy_rates(device, 1 << (20 if arguments.quick else 28)),
         "equality": equality(target, model, vocab, batch, device),
     }
+    results["verdicts"] = verdicts(results["seconds"], shape)
     publish(arguments.out, "gpu", f"On one {card}", results, tables(results, shape))
     return 0
 
