@@ -107,7 +107,7 @@ def spread(values: dict[str, float], *, median: bool = True) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """One line of DESIGN section 9: a ceiling, or with `at_least` a floor."""
+    """A goal of ours: a ceiling, or with `at_least` a floor."""
 
     what: str
     limit: float

@@ -237,7 +237,7 @@ def memory_lines(name: str, level: str, one: dict[str, Any]) -> list[list[str]]:
 
 
 def verdicts(name: str, level: str, one: dict[str, Any]) -> list[list[str]]:
-    """Hold the ratios at 60 % against DESIGN section 9."""
+    """Hold the ratios at 60 % against our goals."""
     if float(level) != 0.6:
         return []
     seconds, rows = seconds_of(one), []

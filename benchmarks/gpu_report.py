@@ -77,7 +77,7 @@ def tables(results: dict[str, Any], shape: Shape) -> list[str]:
 
 
 def verdicts(seconds: dict[str, list[float]], shape: Shape) -> list[list[str]]:
-    """Hold the served rates against DESIGN section 9."""
+    """Hold the served rates against our goals."""
     rows = []
     for name, values in seconds.items():
         if name.startswith("served"):

@@ -1,4 +1,4 @@
-"""The rows-only head: memory, time and bytes against the full-logits path and DESIGN's targets.
+"""The rows-only head: memory, time and bytes against the full-logits path and our goals.
 
 Run as ``python benchmarks/head.py``; about ten minutes on two idle cores. With nemo-automodel 0.7.0
 installed (``make test-all`` does that) the co-located path is the peer's own code.

@@ -208,7 +208,7 @@ def table(seconds: Seconds, milliseconds: int) -> list[list[Any]]:
 
 
 def verdicts(seconds: Seconds, milliseconds: int) -> list[list[str]]:
-    """Hold the ratios against DESIGN section 9."""
+    """Hold the ratios against our goals."""
     ours, at = name("ours", 1, 2), f"simulated {milliseconds} ms"
     wanted = [
         (f"served at prefetch 2 / bare, {at}", 0.97, "bare", ours),

@@ -46,7 +46,7 @@ SCRIPTS = (
 
 @dataclass(frozen=True)
 class Goal:
-    """A row of DESIGN section 9 and where its numbers come from."""
+    """A goal of ours and where its numbers come from."""
 
     what: str
     target: str
@@ -148,7 +148,7 @@ def from_elsewhere(script: Script, out: Path) -> dict[str, Any]:
 
 
 def summary(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return each row of DESIGN section 9 with each number measured for it."""
+    """Return each goal with each number measured for it."""
     rows = []
     for goal in GOALS:
         one = runs.get(goal.script, {"problem": "not run"})
@@ -172,7 +172,7 @@ def summarised(rows: list[list[str]], runs: dict[str, dict[str, Any]]) -> list[s
     missed = sum("missed" in row[3] for row in rows)
     took = ", ".join(f"{name} {one['seconds']:.0f} s" for name, one in runs.items())
     return [
-        f"Targets of DESIGN section 9: {count} met, {missed} missed, "
+        f"Our goals: {count} met, {missed} missed, "
         f"{len(rows) - count - missed} not measured. Ratios are medians of interleaved rounds with "
         f"their range. Took: {took}.",
         markdown_table(["what", "measured", "target", "verdict"], rows),

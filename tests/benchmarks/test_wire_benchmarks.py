@@ -93,7 +93,7 @@ def test_links_are_not_exceeded_and_bytes_are_those_of_the_design(
             for seconds in case["seconds"]:
                 assert case["bytes"] - free <= link["gigabits"] * 1e9 / 8 * seconds, name
         sizes = {name: case["bytes"] / max(case["tokens"], 1) for name, case in cases.items()}
-        # DESIGN section 5; a header of a kilobyte is much of so small a batch.
+        # The sizes of the parts; a header of a kilobyte is much of so small a batch.
         assert sizes["nemo-automodel 0.7.0"] == pytest.approx(152_593, rel=0.01)
         assert sizes["ours, `hidden`"] == pytest.approx(29_493, rel=0.05)
         assert sizes["ours, `logits`"] == pytest.approx(62_978, rel=0.05)

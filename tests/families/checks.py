@@ -1,7 +1,7 @@
 """One family in one dtype: the target under test, and the full path computed independently.
 
 The full path is the model's own forward on a copy of the model (same seed, other memory), with
-everything that follows spelt out position by position from DESIGN section 2.
+everything that follows spelt out position by position from the definition.
 """
 
 from __future__ import annotations

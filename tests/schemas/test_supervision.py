@@ -51,7 +51,7 @@ def test_shift_example() -> None:
 def slow_projection(
     logits: torch.Tensor, ids: list[int], loss_mask: torch.Tensor
 ) -> tuple[list[list[list[float]]], list[list[list[bool]]]]:
-    """From DESIGN section 2: softmax over the draft vocab, supervised where the argmax is in it."""
+    """The definition: softmax over the draft vocab, supervised where the argmax is in it."""
     probs, position_mask = [], []
     for row, mask_row in zip(logits.tolist(), loss_mask.tolist(), strict=True):
         probs.append([])
