@@ -15,7 +15,6 @@ import torch
 from tests.seeded_target import SeededTarget, inputs_of, is_answer_of
 
 from eagle3_client import RemoteEagle3Backend, TransportError
-from eagle3_schemas.host_buffers import HostBuffers
 from eagle3_schemas.protocol import SUPERVISION_PATH
 from eagle3_server.copying import HostCopier
 from eagle3_server.engine import DeviceTensors, HostTensors
@@ -128,14 +127,14 @@ def test_a_buffer_is_back_when_its_answer_was_sent(
 ) -> None:
     """A server that answers one request after another takes no new memory for the next."""
     taken: list[int] = []
-    inner = HostBuffers._storage
+    inner = HostCopier.to_host
 
-    def storage(buffers: HostBuffers, size: int) -> torch.Tensor:
-        tensor = inner(buffers, size)
-        taken.append(tensor.data_ptr())
-        return tensor
+    def to_host(copier: HostCopier, result: DeviceTensors) -> HostTensors:
+        copied = inner(copier, result)
+        taken.append(copied.tensors["aux_hidden_states"].data_ptr())
+        return copied
 
-    monkeypatch.setattr(HostBuffers, "_storage", storage)
+    monkeypatch.setattr(HostCopier, "to_host", to_host)
     backend = backend_at(live_server(SeededTarget()))
     for _ in range(20):
         assert is_answer_of(7, backend.generate_batch(*inputs_of(7)))

@@ -125,6 +125,7 @@ def test_a_full_queue_refuses_and_the_client_comes_back_when_it_drains(
     def observe(request: httpx.Request) -> httpx.Response:
         response = bridge.handle_request(request)
         if response.status_code == 429:
+            response.read()
             refusals.append(response)
             is_refused.set()
         return response

@@ -109,7 +109,7 @@ def test_a_transport_may_fill_a_view_in_part() -> None:
         return httpx.Response(200, headers=headers, extensions=extensions)
 
     connection = Connection(
-        "http://a", token=None, timeout_s=1, max_connections=1,
+        "http://a", token=None, timeout_s=1,
         transport=httpx.MockTransport(answer),
     )  # fmt: skip
     assert torch.equal(connection.input_embeddings().tensors["weight"], torch.arange(5.0))
