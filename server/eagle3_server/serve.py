@@ -16,7 +16,6 @@ import transformers
 import uvicorn
 
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_server.allocator import return_large_blocks
 from eagle3_server.app import create_app
 from eagle3_server.config import ServerSettings, unknown_variables
 from eagle3_server.engine import TargetDescription
@@ -36,7 +35,6 @@ def serve(settings: ServerSettings) -> int:
         InvalidRequest: settings that must not be served, such as a wide bind without a token.
     """
     _check(settings)
-    return_large_blocks()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
