@@ -19,7 +19,6 @@ from eagle3_client.connection import Connection
 from eagle3_client.transport import HttpTransport
 
 PATIENCE_S = 60.0
-LINKS = ("tcp", "tls", "unix")
 
 
 @dataclass
@@ -62,12 +61,13 @@ class Server:
             assert self.lost.acquire(timeout=PATIENCE_S), "the connection stayed open"
 
 
-@pytest.fixture(params=LINKS)
+# `make test` has three minutes: TLS, and stock httpx beside ours, are `make test-all`'s.
+@pytest.fixture(params=["tcp", pytest.param("tls", marks=pytest.mark.slow), "unix"])
 def link(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["ours", "stock"])
+@pytest.fixture(params=["ours", pytest.param("stock", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     """HttpTransport, or httpx's own transport, which is the one for proxies."""
     return str(request.param)
