@@ -6,9 +6,9 @@ VENV_PYTHON := .venv/bin/python
 
 help:
 	@echo "make demo      serve a real target, train a small draft against it, plot the losses"
-	@echo "make test      lint, types, and all tests that need only pip (3 minutes)"
+	@echo "make test      lint, types, and all tests that need only pip"
 	@echo "make test-all  what needs more: real weights, the peer's package, processes"
-	@echo "make soak      hour-long fuzzing"
+	@echo "make soak      fuzzing: 50,000 examples a property"
 	@echo "PYTHON=...     interpreter to build .venv/ with; its torch is reused if it has one"
 
 setup:

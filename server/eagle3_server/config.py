@@ -30,7 +30,7 @@ class ServerSettings(BaseSettings):
     """TCP port; 0 takes a free one. Who runs several servers on a host."""
     unix_socket: Path | None = None
     """Listen on this Unix socket too, mode 0600. Who runs trainers beside the server, as the same
-    user: it is faster than loopback TCP."""
+    user, and wants no port open."""
     tls_certificate: Path | None = None
     """PEM certificate chain; the TCP port then speaks https. Who crosses a network of others."""
     tls_key: Path | None = None
