@@ -30,10 +30,12 @@ from common import (
     ratio,
     spread,
 )
+from fixed_target import FixedTarget
 from head_model import ModelShape, draft_vocab, make_batch
-from simulated import LENGTH, SHAPE, SimulatedTarget, rebuild_elsewhere
+from simulated import LENGTH, SHAPE, rebuild_elsewhere, simulated_job, simulated_target
 
 from eagle3_client import RemoteEagle3Backend
+from eagle3_server.engine import SupervisionJob
 from text import TokenBatch
 
 DEPTHS, CLIENTS = (1, 2, 4), 8
@@ -91,7 +93,8 @@ def measure(
     """Time the cases in turns: seconds a batch in each round, or in the first round alone."""
     batch, vocab = make_batch(shape, length), draft_vocab(shape)
     ours = max(round(arguments.round_seconds / sleep_s), 4)
-    target = SimulatedTarget(shape, length, sleep_s)
+    target, job = simulated_target(shape, sleep_s), simulated_job(batch, vocab)
+    target.supervise(job)  # makes what it gives from then on
     with ExitStack() as stack:
         fleets: dict[str, list[Any]] = {}
         for path in PATHS:
@@ -101,7 +104,7 @@ def measure(
             for client in clients if path == "ours" else clients[:1]:
                 client.generate_batch(*batch)  # fetches the head's rows, opens the connection
             fleets[path] = clients
-        cases: dict[str, Callable[[], float]] = {"bare": partial(bare, target, None, ours)}
+        cases: dict[str, Callable[[], float]] = {"bare": partial(bare, target, job, ours)}
         once: dict[str, Callable[[], float]] = {}  # what takes the peer half a minute
         for path, clients in fleets.items():
             count = ours if path == "ours" else arguments.peer_batches
@@ -122,7 +125,7 @@ def measure(
     return seconds
 
 
-def bare(target: SimulatedTarget, job: Any, count: int) -> float:
+def bare(target: FixedTarget, job: SupervisionJob, count: int) -> float:
     started = time.perf_counter()
     for _ in range(count):
         target.supervise(job)

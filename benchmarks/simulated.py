@@ -13,71 +13,40 @@ from typing import Any
 
 import torch
 from children import LOOPBACK
-from head_model import ModelShape, draft_vocab, make_batch
+from fixed_target import Dimensions, FixedTarget
+from head_model import ModelShape, Vocab, draft_vocab, make_batch
 from torch import Tensor
 
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.draft_head import DraftHead, LogitsTransform
+from eagle3_schemas.draft_head import DraftHead
 from eagle3_schemas.encodings import ENCODINGS, HiddenEncoding
-from eagle3_schemas.supervision import pack_bits, shift_left_with_zero
-from eagle3_server.engine import DeviceTensors, SupervisionJob, TargetDescription
+from eagle3_schemas.supervision import shift_left_with_zero
+from eagle3_server.engine import SupervisionJob
+from text import TokenBatch
 
 SHAPE = ModelShape(hidden_size=4096, layers=32, vocab_size=128256, draft_vocab_size=32000)
 LENGTH, AUX_LAYER_IDS, DTYPE = 512, (1, 15, 28), torch.bfloat16
 
 
-class SimulatedTarget:
-    """A `Target` whose every supervision takes `seconds`; `hidden` rows of `make_batch` alone."""
+def simulated_target(shape: ModelShape, seconds: float) -> FixedTarget:
+    """Return a target of a shape whose every supervision takes `seconds`."""
+    sizes = (shape.hidden_size, shape.layers, shape.vocab_size, shape.draft_vocab_size)
+    return FixedTarget(Dimensions(*sizes), seconds)
 
-    def __init__(self, shape: ModelShape, length: int, seconds: float) -> None:
-        self._shape, self._seconds = shape, seconds
-        loss_mask = make_batch(shape, length).loss_mask.bool()
-        position_mask = shift_left_with_zero(loss_mask)
-        tensors = {
-            "aux_hidden_states": random(loss_mask.numel(), 3 * shape.hidden_size),
-            "position_mask": pack_bits(position_mask),
-            "head_input": random(int(position_mask.sum()), shape.hidden_size),
-        }
-        # This result's own memory, as a GPU's would be: the copy stage copies and sums it.
-        self._result = DeviceTensors(tensors)
 
-    def describe(self) -> TargetDescription:
-        """Return what is served, as of an 8B Llama."""
-        return TargetDescription(
-            model_id="simulated",
-            revision=None,
-            architecture="Simulated",
-            fingerprint="0" * 16,
-            num_hidden_layers=self._shape.layers,
-            hidden_size=self._shape.hidden_size,
-            vocab_size=self._shape.vocab_size,
-            input_vocab_size=self._shape.vocab_size,
-            max_sequence_length=None,
-            dtype="bfloat16",
-            device="cpu",
-            device_name="simulated",
-            attn_implementation=None,
-            aux_layer_ids=AUX_LAYER_IDS,
-            num_threads=torch.get_num_threads(),
-            head="rows",
-            head_reason=None,
-            encodings=("hidden",),
-            transform=LogitsTransform(),
-        )
-
-    def supervise(self, job: SupervisionJob) -> DeviceTensors:
-        """Sleep; what it returns was made before."""
-        time.sleep(self._seconds)
-        return self._result
-
-    def input_embeddings(self) -> DeviceTensors:
-        """Refuse."""
-        raise NotImplementedError("no client of this benchmark asks for embeddings")
-
-    def draft_head(self, draft_vocab: DraftVocab) -> DeviceTensors:
-        """Return zeros: no client of this benchmark multiplies by them."""
-        weight = torch.zeros(draft_vocab.draft_vocab_size, self._shape.hidden_size, dtype=DTYPE)
-        return DeviceTensors({"weight": weight}, is_constant=True)
+def simulated_job(batch: TokenBatch, vocab: Vocab) -> SupervisionJob:
+    """Return a batch as the server's job."""
+    return SupervisionJob(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask.bool(),
+        loss_mask=batch.loss_mask.bool(),
+        aux_layer_ids=AUX_LAYER_IDS,
+        draft_vocab=DraftVocab.from_ids(*vocab),
+        encoding="hidden",
+        rows="position_mask",
+        aux_dtype="model",
+        exact=False,
+    )
 
 
 class RebuiltElsewhere(HiddenEncoding):
@@ -106,7 +75,7 @@ def serve_ours(shape: ModelShape, arguments: argparse.Namespace) -> None:
 
     from eagle3_server import ServerSettings, serve
 
-    target = SimulatedTarget(shape, arguments.length, arguments.seconds)
+    target = simulated_target(shape, arguments.seconds)
     with mock.patch.object(serve, "load_target", return_value=target):
         serve.serve(ServerSettings(model="simulated", port=arguments.port))
 

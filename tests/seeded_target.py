@@ -96,7 +96,7 @@ class SeededTarget:
             assert self.changed.wait_for(lambda: len(self.supervised) >= count, timeout_s)
 
     def input_embeddings(self) -> DeviceTensors:
-        raise NotImplementedError("it has none")
+        raise AssertionError("no test of this target asks for weights, which it has not")
 
     def draft_head(self, draft_vocab: object) -> DeviceTensors:
-        raise NotImplementedError("it has none")
+        raise AssertionError("no test of this target asks for weights, which it has not")
