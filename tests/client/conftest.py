@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from tests.client.gate import Gate
 
 from eagle3_schemas.protocol import SUPERVISION_PATH
 
@@ -114,3 +115,17 @@ def draft_ids() -> torch.Tensor:
 @pytest.fixture
 def inputs(batch_of: Any) -> Any:
     return batch_of(131)
+
+
+@pytest.fixture
+def gate(bridge: Any) -> Iterator[Gate]:
+    gate = Gate(bridge)
+    yield gate
+    gate.end()
+
+
+@pytest.fixture
+def batches(batch_of: Any) -> list[tuple[Any, ...]]:
+    """Batches whose shapes all differ."""
+    lengths = [(10, 7, 4), (3,), (1, 1), (12, 2), (5, 5, 5, 1), (8,), (9, 3)]
+    return [tuple(batch_of(131, shape, seed=i)) for i, shape in enumerate(lengths)]
