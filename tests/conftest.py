@@ -1,30 +1,24 @@
-"""What all suites share: tiny real targets, a bridge to the app, a live server, the oracles."""
+"""What all suites share: tiny real targets, their inputs, and the oracles."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 # Before torch loads it: threads that spin while they wait make a busy machine five times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import httpx
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import Eagle3TargetBatch
+
+pytest_plugins = ["tests.servers"]  # its fixtures are for all suites
 
 torch.set_num_threads(2)  # equal bits need equal thread counts
 
@@ -32,9 +26,6 @@ torch.set_num_threads(2)  # equal bits need equal thread counts
 settings.register_profile("every-time", max_examples=200, derandomize=True, deadline=None)
 settings.register_profile("soak", max_examples=50_000, derandomize=False, deadline=None)
 settings.load_profile("every-time")
-
-PATIENCE_S = 60.0
-"""How long a test waits for what must happen; only a failing test ever waits this long."""
 
 # Every dimension of a family differs from its others and from B and T of `batch_of`: a transposed
 # axis fails. V is no multiple of 8, so a mask over it does not fill its last byte.
@@ -197,194 +188,6 @@ def frequency_ordered() -> Callable[..., Tensor]:
         return torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:size]
 
     return build
-
-
-# --- servers ---
-
-
-class Bridge(httpx.BaseTransport):
-    """Hands the backend's requests to an app through Starlette's TestClient.
-
-    `app_client` may be replaced: so a server restarts, empty or with another model.
-    """
-
-    def __init__(self, app_client: Any) -> None:
-        self.app_client = app_client
-        self._under_way = 0
-        self._changed = threading.Condition()
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        headers = [(key.decode(), value.decode()) for key, value in request.headers.raw]
-        path = request.url.raw_path.decode()
-        with self._counted():
-            answer = self.app_client.request(
-                request.method, path, headers=headers, content=request.read()
-            )
-        body = httpx.ByteStream(answer.content)
-        return httpx.Response(answer.status_code, headers=answer.headers.raw, stream=body)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        with self._changed:
-            self._under_way += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._under_way -= 1
-                self._changed.notify_all()
-
-    def wait_until_idle(self) -> None:
-        """TestClient hangs if it is left while a request is under way, whoever gave that up."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: self._under_way == 0, PATIENCE_S)
-
-
-class GatedTarget:
-    """A real target whose `supervise` waits for `gate`, after telling `entered`."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.entered = threading.Semaphore(0)
-        self.gate = threading.Event()
-
-    def describe(self) -> Any:
-        return self.inner.describe()
-
-    def input_embeddings(self) -> Any:
-        return self.inner.input_embeddings()
-
-    def draft_head(self, draft_vocab: Any) -> Any:
-        return self.inner.draft_head(draft_vocab)
-
-    def supervise(self, job: Any) -> Any:
-        self.entered.release()
-        assert self.gate.wait(PATIENCE_S), "nobody opened the gate"
-        return self.inner.supervise(job)
-
-    def wait_until_entered(self) -> None:
-        assert self.entered.acquire(timeout=PATIENCE_S), "no forward began"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Bridge]]:
-    """`serve(model_or_target, **settings)`: an app that has started, behind a bridge."""
-    from starlette.testclient import TestClient
-
-    from eagle3_server import ServerSettings, TransformersTarget, create_app
-
-    with ExitStack() as stack:
-
-        def start(served: Any, **settings: Any) -> Bridge:
-            aux_layer_ids = settings.pop("aux_layer_ids", None)
-            if isinstance(served, nn.Module):
-                served = TransformersTarget(served, model_id="tiny", aux_layer_ids=aux_layer_ids)
-            client = stack.enter_context(TestClient(create_app(served, ServerSettings(**settings))))
-            bridge = Bridge(client)
-            stack.callback(bridge.wait_until_idle)
-            if isinstance(served, GatedTarget):
-                stack.callback(served.gate.set)
-            return bridge
-
-        yield start
-
-
-@pytest.fixture
-def gated() -> Callable[[nn.Module], GatedTarget]:
-    """`gated(model)`: a target whose forwards wait for the test."""
-    from eagle3_server import TransformersTarget
-
-    return lambda model: GatedTarget(TransformersTarget(model, model_id="tiny"))
-
-
-@pytest.fixture
-def connect(
-    mapping: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-) -> Iterator[Callable[..., RemoteEagle3Backend]]:
-    """`connect(transport, draft_ids, **kwargs)`: a backend, its draft vocab set."""
-    with ExitStack() as stack:
-
-        def build(
-            transport: httpx.BaseTransport | None = None,
-            draft_ids: Tensor | None = None,
-            *,
-            urls: Any = "http://target",
-            **kwargs: Any,
-        ) -> RemoteEagle3Backend:
-            backend = RemoteEagle3Backend(urls, transport=transport, **kwargs)
-            stack.callback(backend.close)
-            if draft_ids is not None:
-                backend.set_vocab_mapping(*mapping(draft_ids, backend.model_info().vocab_size))
-            return backend
-
-        yield build
-
-
-@pytest.fixture
-def live_server() -> Iterator[Callable[..., str]]:
-    """`live_server(model_or_target, **settings)`: the URL of a uvicorn on a free port.
-
-    `unix=path` listens on a Unix socket instead, `keep_alive_s` sets uvicorn's own.
-    """
-    import uvicorn
-
-    from eagle3_server import ServerSettings, TransformersTarget, create_app
-    from eagle3_server.listening import listen_unix
-
-    with ExitStack() as stack:
-
-        def start(
-            served: Any, *, unix: Path | None = None, keep_alive_s: int = 600, **settings: Any
-        ) -> str:
-            if isinstance(served, nn.Module):
-                served = TransformersTarget(served, model_id="tiny")
-            # Bound here, so that a client may connect before uvicorn accepts: no waiting for it.
-            listener = stack.enter_context(
-                socket.create_server(("127.0.0.1", 0)) if unix is None else listen_unix(unix)
-            )
-            config = uvicorn.Config(
-                create_app(served, ServerSettings(**settings)),
-                log_config=None,
-                ws="none",
-                timeout_keep_alive=keep_alive_s,
-            )
-            server = uvicorn.Server(config)
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
-
-            def stop() -> None:
-                server.should_exit = True
-                if isinstance(served, GatedTarget):
-                    served.gate.set()
-                thread.join()
-
-            stack.callback(stop)
-            return _url_of(listener)
-
-        yield start
-
-
-def _url_of(listener: socket.socket) -> str:
-    if listener.family == socket.AF_UNIX:
-        return f"unix://{listener.getsockname()}"
-    return f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-@pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for localhost, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.fail("TLS is tested with a certificate that the openssl command makes: install it")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9999"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run(
-        [*command.split(), "-keyout", str(key), "-out", str(cert), *names],
-        check=True,
-        capture_output=True,
-    )
-    return cert, key
 
 
 # --- oracles: the definition, written without the code under test ---
