@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from eagle3_server.loading import load_target
 from eagle3_server.transformers_target import TransformersTarget
 
 _KEEP_ALIVE_S = 600  # uvicorn's 5 s would close connections between two optimizer steps
+_CLOSE_S = 2  # a closing TLS connection waits up to 30 s for a word that an idle trainer never says
 
 logger = logging.getLogger("eagle3_server")
 
@@ -97,10 +99,26 @@ class _Server(uvicorn.Server):
     """Ends with exit code 0 on SIGTERM, at once on a second one.
 
     uvicorn's own raises a caught signal again when it has stopped, so that the process dies of it
-    before it has tidied up.
+    before it has tidied up. Connections whose answers were sent get two seconds to close.
     """
 
     was_terminated = False
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening; answer what was asked; close."""
+        cutting = asyncio.create_task(self._cut_what_does_not_close())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cutting.cancel()
+
+    async def _cut_what_does_not_close(self) -> None:
+        connections = self.server_state.connections
+        while True:
+            closing = {each for each in connections if each.transport.is_closing()}
+            await asyncio.sleep(_CLOSE_S)
+            for connection in closing & connections:
+                connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal; the event loop acts on it."""

@@ -31,7 +31,6 @@ class Server:
     ca_file: str | None
     opened: list[Any] = field(default_factory=list)
     lost: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    expired: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
     def transport(self, kind: str = "ours", **kwargs: Any) -> httpx.BaseTransport:
         trusting = ssl.create_default_context(cafile=self.ca_file)
@@ -114,13 +113,10 @@ def uvicorn_server(listen: Any, request: pytest.FixtureRequest) -> Iterator[Call
                     server.opened.append(transport)
                     super().connection_made(transport)
 
-                def timeout_keep_alive_handler(self) -> None:
-                    super().timeout_keep_alive_handler()
-                    server.expired.release()
-
                 def connection_lost(self, exc: Exception | None) -> None:
                     super().connection_lost(exc)
-                    server.lost.release()
+                    # The socket is closed after this call.
+                    self.loop.call_soon(server.lost.release)
 
             if link == "tls":
                 cert, key = request.getfixturevalue("certificate")

@@ -161,7 +161,7 @@ def test_a_connection_that_the_server_closed_while_idle_is_replaced(
     connection = server.connection(kind)
     for _ in range(2):
         connection.input_embeddings()
-        assert server.expired.acquire(timeout=60)
+        server.wait_until_lost()
     connection.input_embeddings()
     connection.close()
     assert len(server.opened) == 3
