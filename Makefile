@@ -1,6 +1,8 @@
 # Every target sets up what it needs in .venv/ first; all are safe to repeat.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
+# A module's tests stay in one process; more than four would not help.
+PYTEST := $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 .PHONY: help demo test test-all soak lint setup clean
 
@@ -24,11 +26,11 @@ lint: setup
 	$(VENV_PYTHON) -m mypy
 
 test: lint
-	$(VENV_PYTHON) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all:
 	@$(PYTHON) tools/set_up.py dev demo peer
-	$(VENV_PYTHON) -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
 soak: setup
 	$(VENV_PYTHON) -m pytest -m "not slow and not gpu" tests/schemas --hypothesis-profile=soak --timeout=7200
