@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import ipaddress
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eagle3_schemas.errors import InvalidRequest
@@ -41,33 +43,63 @@ def listen_tcp(host: str, port: int) -> socket.socket:
 def listen_unix(path: Path) -> socket.socket:
     """Open a listening Unix socket that only this user can connect to (mode 0600).
 
-    A socket file that a dead server left is replaced; `remove_unix` removes it when done.
+    A socket file that a dead server left is replaced; `remove_unix` removes it when done. Servers
+    that start at the same time on one path take turns: one listens, the others are refused.
 
     Raises:
         InvalidRequest: the path is taken, too long, or cannot be written.
     """
-    _remove_if_dead(path)
-    listener = socket.socket(socket.AF_UNIX)
-    # Between bind and chmod others could connect, so the file must never have had a wider mode.
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    except OSError as exc:
-        listener.close()
-        raise InvalidRequest(
-            f"cannot listen on the Unix socket {path}: {exc.strerror or exc}; choose another "
-            "--unix-socket"
-        ) from exc
-    finally:
-        os.umask(before)
-    listener.listen(socket.SOMAXCONN)
+    with _alone_in(path.parent):
+        _remove_if_dead(path)
+        listener = socket.socket(socket.AF_UNIX)
+        # Between bind and chmod others could connect, so the file never has a wider mode.
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        except OSError as exc:
+            listener.close()
+            raise InvalidRequest(
+                f"cannot listen on the Unix socket {path}: {exc.strerror or exc}; choose another "
+                "--unix-socket"
+            ) from exc
+        finally:
+            os.umask(before)
+        listener.listen(socket.SOMAXCONN)  # from here on a probe finds it alive
     return listener
 
 
-def remove_unix(path: Path) -> None:
-    """Remove a socket file, if it is there."""
-    with suppress(OSError):
-        path.unlink()
+def hold_unix(path: Path) -> int:
+    """Return a descriptor of a socket file, for `remove_unix` to know it by.
+
+    While it is open no other file can have the inode, as one created after a removal soon has.
+    """
+    return os.open(path, os.O_PATH)
+
+
+def remove_unix(path: Path, held: int) -> None:
+    """Remove a socket file, if it is still the one that is held, and close the descriptor.
+
+    A server that was started while this one drained has put its own there.
+    """
+    with _alone_in(path.parent), suppress(OSError):
+        if os.path.samestat(path.stat(), os.fstat(held)):
+            path.unlink()
+    os.close(held)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other servers from probing, binding or removing in a folder meanwhile."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # `bind` says what is wrong with it
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove_if_dead(path: Path) -> None:
@@ -79,4 +111,4 @@ def _remove_if_dead(path: Path) -> None:
         return
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
-            remove_unix(path)
+            path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.app import create_app
 from eagle3_server.config import ServerSettings, unknown_variables
 from eagle3_server.engine import TargetDescription
-from eagle3_server.listening import is_loopback, listen_tcp, listen_unix, remove_unix
+from eagle3_server.listening import hold_unix, is_loopback, listen_tcp, listen_unix, remove_unix
 from eagle3_server.loading import load_target
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -79,13 +79,14 @@ def serve(settings: ServerSettings) -> int:
     urls = [f"{scheme}://{host}:{listeners[0].getsockname()[1]}"]
     if settings.unix_socket is not None:
         listeners.append(listen_unix(settings.unix_socket))
+        socket_file = hold_unix(settings.unix_socket)
         urls.append(f"unix://{settings.unix_socket.absolute()}")
     logger.info("loading %s", settings.model)
     try:
         server.run(sockets=listeners)
     finally:
         if settings.unix_socket is not None:
-            remove_unix(settings.unix_socket)
+            remove_unix(settings.unix_socket, socket_file)
         if not loading_ended.is_set():
             # The thread that loads cannot be interrupted, and torch aborts an interpreter that
             # exits under it.

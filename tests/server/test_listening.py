@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,13 @@ import pytest
 
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server import ServerSettings
-from eagle3_server.listening import is_loopback, listen_tcp, listen_unix, remove_unix
+from eagle3_server.listening import (
+    hold_unix,
+    is_loopback,
+    listen_tcp,
+    listen_unix,
+    remove_unix,
+)
 from eagle3_server.serve import serve
 
 
@@ -63,11 +71,11 @@ def test_a_path_that_cannot_be_is_said(tmp_path: Path, name: str) -> None:
         listen_unix(tmp_path / name)
 
 
-def test_removing_a_socket_may_be_repeated(path: Path) -> None:
+def test_a_socket_is_removed(path: Path) -> None:
     listen_unix(path).close()
-    remove_unix(path)
+    held = hold_unix(path)
+    remove_unix(path, held)
     assert not path.exists()
-    remove_unix(path)
 
 
 def test_a_port_in_use_is_said() -> None:
@@ -111,3 +119,39 @@ def test_a_certificate_that_is_none_is_said(tmp_path: Path) -> None:
     certificate.write_text("not a certificate")
     with pytest.raises(InvalidRequest, match="give a PEM certificate chain"):
         serve(ServerSettings(model="never-loaded", port=0, tls_certificate=certificate))
+
+
+def test_a_socket_that_another_server_put_there_meanwhile_is_left(tmp_path: Path) -> None:
+    """A server drains, its successor takes the path, the first one tidies up."""
+    path = tmp_path / "eagle3.sock"
+    first = listen_unix(path)
+    held = hold_unix(path)
+    first.close()
+    second = listen_unix(path)
+    remove_unix(path, held)
+    with second, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    remove_unix(path, hold_unix(path))
+    assert not path.exists()
+
+
+def test_of_servers_that_start_at_once_on_one_path_one_listens(tmp_path: Path) -> None:
+    for trial in range(100):
+        path = tmp_path / f"{trial}.sock"
+        if trial % 2:
+            listen_unix(path).close()  # a dead server's
+        start = threading.Barrier(4)
+
+        def listen(start: threading.Barrier = start, path: Path = path) -> socket.socket | None:
+            start.wait(60)
+            try:
+                return listen_unix(path)
+            except InvalidRequest:
+                return None
+
+        with ThreadPoolExecutor(4) as pool:
+            found = [each.result() for each in [pool.submit(listen) for _ in range(4)]]
+        listening = [sock for sock in found if sock is not None]
+        for sock in listening:
+            sock.close()
+        assert len(listening) == 1
