@@ -52,7 +52,7 @@ OURS = {
 SERVE = ("-m", "eagle3_client.cli", "serve", "--dtype=float32")
 COLUMNS = ("target", "supervised", "path", "ms/batch", "CPU s")
 RATIOS_AND_BYTES = ("peer / path", "co-located / path", "up", "down", "exact=True")
-STREAM_BATCHES = 2
+STREAM_BATCHES = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,16 +88,20 @@ class Trainer:
         return {"seconds": seconds, "sent": sent, "received": received}
 
     def stream(self, level: str, count: int, depth: int) -> dict[str, float]:
-        """Get `count` batches after a first one, `depth` in flight: seconds for each."""
+        """Get `count` batches after the first `depth`, `depth` in flight: seconds for each.
+
+        The first ones are sent at once and may overtake each other, so the time between their
+        deliveries says nothing.
+        """
         batches = self._batches[level]
-        wanted = [batches[i % len(batches)] for i in range(count + 1)]
+        wanted = [batches[i % len(batches)] for i in range(count + depth)]
         answers: Iterable[object]
         if self._backend is None:
             answers = map(self._supervise, wanted)
         else:
             answers = in_flight(self._backend, wanted, depth)
         times = [time.perf_counter() for _ in answers]
-        return {"seconds": (times[-1] - times[0]) / count}
+        return {"seconds": (times[-1] - times[depth - 1]) / count}
 
     def save(self, level: str, index: int, file: str) -> None:
         """Save a batch's aux states, position mask and the probabilities it marks."""
