@@ -102,6 +102,10 @@ class TargetFailed(RemoteEagle3Error):
     """The target's forward failed or gave non-finite values. The server's log has the reason."""
 
 
+class TargetOutOfMemory(RemoteEagle3Error):
+    """The device's memory does not suffice for this request. Send smaller batches."""
+
+
 class FingerprintMismatch(RemoteEagle3Error):
     """Another target than expected answered. Fix the fleet: every server must hold the same."""
 
@@ -136,6 +140,7 @@ ERROR_KINDS: Final = (
     ErrorKind("target_failed", TargetFailed, 500),
     ErrorKind("not_ready", NotReady, 503),
     ErrorKind("deadline_exceeded", DeadlineExceeded, 504),
+    ErrorKind("out_of_memory", TargetOutOfMemory, 503),
 )
 
 _BY_CODE: Final = {kind.code: kind for kind in ERROR_KINDS}

@@ -153,6 +153,45 @@ class ModelInfo(Message):
     limits: Limits
 
 
+class ClientStatus(Message):
+    """A trainer that was served."""
+
+    client: str
+    requests: Count
+    seconds_ago: float
+    """Since its last answer."""
+    draft_vocab_digest: str | None
+
+
+class RecentError(Message):
+    """A request that was refused or failed."""
+
+    code: str
+    request_id: str
+    seconds_ago: float
+
+
+class ServerStatus(Message):
+    """What the server does now (`GET /v1/status`)."""
+
+    state: str
+    """`ready`, or why it is not."""
+    uptime_s: float
+    bound_by: Literal["model", "network", "trainers"]
+    """What the server waited for most in the last minute: the model (add servers, or send
+    less padding), the network (another encoding, a faster link), or the trainers (all is well)."""
+    bound_by_shares: dict[str, float]
+    queued_requests: Count
+    tokens_in_flight: Count
+    bytes_in_flight: Count
+    padding_share: float
+    """Share of the positions sent since the start that were padding."""
+    draft_vocab_coverage: float
+    """Share of the supervised positions whose target argmax was in the draft vocab."""
+    clients: tuple[ClientStatus, ...]
+    errors: tuple[RecentError, ...]
+
+
 class DraftVocabInfo(Message):
     """Answer to a registered draft vocab."""
 

@@ -18,7 +18,14 @@ DRAFT_HEAD_PATH: Final = "/v1/draft-vocabs/{digest}/head"
 EMBEDDINGS_PATH: Final = "/v1/input-embeddings"
 SUPERVISION_PATH: Final = "/v1/supervision"
 
+STATUS_PATH: Final = "/v1/status"
+METRICS_PATH: Final = "/metrics"
+
 REQUEST_ID_HEADER: Final = "x-request-id"
+CLIENT_ID_HEADER: Final = "x-eagle3-client"
+"""Names the trainer process, so that clients can take turns; same pattern as a request id."""
+DEADLINE_HEADER: Final = "x-eagle3-deadline-ms"
+"""Milliseconds, from the server's reading of the header, after which nobody wants the answer."""
 
 MAX_REQUEST_ID_LENGTH: Final = 64
 REQUEST_ID_PATTERN: Final = r"^[A-Za-z0-9._-]{1,64}$"

@@ -25,6 +25,7 @@ from eagle3_schemas.errors import (
     QueueFull,
     RemoteEagle3Error,
     TargetFailed,
+    TargetOutOfMemory,
     TransportError,
     Unauthorized,
     VocabMappingMissing,
@@ -45,6 +46,7 @@ TABLE = [
     ("target_failed", TargetFailed, 500),
     ("not_ready", NotReady, 503),
     ("deadline_exceeded", DeadlineExceeded, 504),
+    ("out_of_memory", TargetOutOfMemory, 503),
 ]
 PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 RAISED_BY_THE_CLIENT_ALONE = {FingerprintMismatch, PoisonRequest, TransportError}
