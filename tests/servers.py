@@ -148,6 +148,7 @@ def live_server() -> Iterator[Callable[..., str]]:
     import uvicorn
 
     from eagle3_server import ServerSettings, TransformersTarget, create_app
+    from eagle3_server.http_protocol import bounded
     from eagle3_server.listening import listen_unix
 
     with ExitStack() as stack:
@@ -161,8 +162,10 @@ def live_server() -> Iterator[Callable[..., str]]:
             listener = stack.enter_context(
                 socket.create_server(("127.0.0.1", 0)) if unix is None else listen_unix(unix)
             )
+            checked = ServerSettings(**settings)
             config = uvicorn.Config(
-                create_app(served, ServerSettings(**settings)),
+                create_app(served, checked),
+                http=bounded(checked),
                 log_config=None,
                 ws="none",
                 timeout_keep_alive=keep_alive_s,

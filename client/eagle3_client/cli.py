@@ -80,15 +80,28 @@ def serve(
         bool | None,
         typer.Option("--trust-remote-code", help="Run Python code of the checkpoint."),
     ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with bearer tokens, one a line.")
+    ] = None,
     insecure: Annotated[
         bool | None,
         typer.Option("--insecure", help="Allow a wide bind without a token."),
     ] = None,
+    drain_delay_s: Annotated[
+        float | None,
+        typer.Option("--drain-delay", help="Seconds after SIGTERM before the listener closes [0]."),
+    ] = None,
+    grace_period_s: Annotated[
+        float | None,
+        typer.Option("--grace-period", help="Seconds requests get to finish after that [25]."),
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="console or json [console].")] = None,
 ) -> None:
     """Serve a frozen target LM to trainers.
 
     Every option can also be set as EAGLE3_NAME, for example EAGLE3_PORT; options win. Bearer
-    tokens come from EAGLE3_TOKEN alone, comma-separated.
+    tokens come from EAGLE3_TOKEN, comma-separated, or --token-file; never from arguments, which
+    others can read. Limits that few need to change are EAGLE3_ variables alone: docs/operations.md.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 import threading
 from collections.abc import Callable
 
@@ -26,6 +29,8 @@ from eagle3_schemas.frame import EncodedFrame, Frame, decode, encode
 from eagle3_schemas.host_buffers import HostBuffers
 from eagle3_schemas.messages import Problem
 from eagle3_schemas.protocol import (
+    CLIENT_ID_HEADER,
+    DEADLINE_HEADER,
     DRAFT_HEAD_PATH,
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
@@ -48,6 +53,12 @@ Take = Callable[[int], torch.Tensor]
 
 def _fresh(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _client_id() -> str:
+    """Return a name of this trainer process, for the server's queue, log and status."""
+    name = f"{socket.gethostname()[:40]}-{os.environ.get('RANK', '0')[:6]}-{os.getpid()}"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
 
 
 class Connection:
@@ -82,7 +93,7 @@ class Connection:
         self._take = _fresh if buffers is None else buffers.take
         self._timeout_s = timeout_s
         self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
-        headers = {"accept-encoding": "identity"}
+        headers = {"accept-encoding": "identity", CLIENT_ID_HEADER: _client_id()}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
         uds = url.removeprefix(UNIX_SCHEME) if url.startswith(UNIX_SCHEME) else None
@@ -189,7 +200,11 @@ class Connection:
         take: Take = _fresh,
     ) -> torch.Tensor:
         """Send a request and return the body of a 200 answer as a 1-D uint8 tensor."""
-        headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
+        timeout = self._timeout if timeout_s is None else timeout_s
+        # An answer that has not begun by then comes too late, so the server need not compute it.
+        headers = {DEADLINE_HEADER: str(int(1000 * self._timeout_s))}
+        if request_id is not None:
+            headers[REQUEST_ID_HEADER] = request_id
         content = None
         if frame is not None:
             headers["content-type"] = FRAME_MEDIA_TYPE
@@ -200,7 +215,7 @@ class Connection:
                 path,
                 headers=headers,
                 content=content,
-                timeout=self._timeout if timeout_s is None else timeout_s,
+                timeout=timeout,
             ) as response:
                 if response.status_code != 200:
                     raise self._problem(response)

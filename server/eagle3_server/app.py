@@ -9,7 +9,9 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from eagle3_schemas.errors import RemoteEagle3Error
 from eagle3_schemas.frame import encode
@@ -17,6 +19,7 @@ from eagle3_schemas.messages import (
     DraftHeadFields,
     DraftVocabInfo,
     ModelInfo,
+    ServerStatus,
     SupervisionResponse,
 )
 from eagle3_schemas.protocol import (
@@ -24,14 +27,19 @@ from eagle3_schemas.protocol import (
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
     HEALTH_PATH,
+    METRICS_PATH,
     MODEL_PATH,
     READY_PATH,
+    STATUS_PATH,
     SUPERVISION_PATH,
 )
+from eagle3_server.accounting import Accounting
 from eagle3_server.admission import admit_draft_vocab, admit_supervision
 from eagle3_server.asgi import FrameResponse, TokenGuard, problem_response, read_frame_body
 from eagle3_server.config import ServerSettings
 from eagle3_server.engine import Target
+from eagle3_server.record import TokenCounts, record_of
+from eagle3_server.response_size import embeddings_bytes, head_bytes, supervision_bytes
 from eagle3_server.service import Service
 
 
@@ -39,7 +47,7 @@ def create_app(
     target: Target | Callable[[], Target],
     settings: ServerSettings | None = None,
     *,
-    on_load_failure: Callable[[BaseException], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """Build the service around one target.
 
@@ -47,17 +55,20 @@ def create_app(
         target: a loaded target, or a function that loads one. A function runs on the compute
             thread when the app starts; until it returns, `/healthz` answers and `/readyz` is 503.
         settings: limits and tokens; the default reads `EAGLE3_*` variables.
-        on_load_failure: called on the compute thread if loading fails, after readiness says why.
+        on_failure: called on the compute thread if loading fails or the device is lost, after
+            readiness says why. The process should end.
 
     Returns:
-        The app. One process serves one target; run replicas for more.
+        The app, with the `Service` as `app.state.service`. One process serves one target; run
+        replicas for more.
     """
     settings = ServerSettings() if settings is None else settings
     service = Service(target, settings)
+    tokens = settings.tokens()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        service.start(on_load_failure)
+        service.start(on_failure)
         yield
         await asyncio.to_thread(service.close)
 
@@ -69,11 +80,13 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(TokenGuard, tokens=settings.tokens())
+    app.state.service = service
+    app.add_middleware(TokenGuard, tokens=tokens)
+    app.add_middleware(Accounting, service=service)  # the outermost: it sees refused ones too
+    app.add_exception_handler(ClientDisconnect, problem_response)
     app.add_exception_handler(RemoteEagle3Error, problem_response)
     app.add_exception_handler(HTTPException, problem_response)
     app.add_exception_handler(RequestValidationError, problem_response)
-    app.add_exception_handler(Exception, problem_response)
 
     @app.get(HEALTH_PATH)
     async def health() -> dict[str, str]:
@@ -91,11 +104,21 @@ def create_app(
         """What is served, and its limits."""
         return service.model_info()
 
+    @app.get(STATUS_PATH)
+    async def status() -> ServerStatus:
+        """What the server does now, and what bounds its throughput."""
+        return service.status()
+
+    @app.get(METRICS_PATH, response_class=Response)
+    async def metrics() -> Response:
+        """The same and more for Prometheus, in its text format."""
+        return Response(generate_latest(service.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+
     @app.put(DRAFT_VOCAB_PATH)
     async def draft_vocab(digest: str, request: Request) -> DraftVocabInfo:
         """Register a draft vocab under the digest of its ordered ids; safe to repeat."""
         description = service.loaded().describe()
-        body = await read_frame_body(request, settings.max_body_bytes)
+        body = await read_frame_body(request, settings.max_body_bytes, service.bytes)
         vocab = await asyncio.to_thread(admit_draft_vocab, body, digest, description.vocab_size)
         service.draft_vocabs.register(vocab)
         return DraftVocabInfo(digest=vocab.digest, draft_vocab_size=vocab.draft_vocab_size)
@@ -105,6 +128,7 @@ def create_app(
         """The head's rows of a registered draft vocab, a frame with `weight` and maybe `bias`."""
         target = service.loaded()
         vocab = service.draft_vocabs.get(digest)
+        service.reserve_bytes(request, head_bytes(vocab, target.describe()))
         result = await service.compute(lambda: target.draft_head(vocab), request)
         transform = target.describe().transform
         fields = DraftHeadFields(
@@ -121,6 +145,7 @@ def create_app(
     async def input_embeddings(request: Request) -> Response:
         """The input embeddings, a frame with `weight` [V_in, H]."""
         target = service.loaded()
+        service.reserve_bytes(request, embeddings_bytes(target.describe()))
         result = await service.compute(target.input_embeddings, request)
         fields = {"fingerprint": target.describe().fingerprint}
         return FrameResponse(encode(fields, result.tensors, result.checksums))
@@ -130,11 +155,16 @@ def create_app(
         """Aux hidden states and draft-vocab supervision for one batch."""
         target = service.loaded()
         description = target.describe()
-        body = await read_frame_body(http_request, settings.max_body_bytes)
+        body = await read_frame_body(http_request, settings.max_body_bytes, service.bytes)
         request, job = await asyncio.to_thread(
             admit_supervision, body, description, service.limits(), service.draft_vocabs
         )
-        result = await service.compute(lambda: target.supervise(job), http_request)
+        record = record_of(http_request)
+        record.draft_vocab_digest = job.draft_vocab.digest
+        record.held.enter_context(service.tokens.reserve(record.client, job.input_ids.numel()))
+        service.reserve_bytes(http_request, supervision_bytes(job, description))
+        result = await service.compute(lambda: target.supervise(job), http_request, body)
+        record.tokens = TokenCounts.of(job, result.tensors["position_mask"])
         response = SupervisionResponse(
             request_id=request.request_id,
             fingerprint=description.fingerprint,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import json
 import logging
-import re
-import uuid
 from http import HTTPStatus
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
@@ -20,6 +20,7 @@ from eagle3_schemas.errors import (
     LimitExceeded,
     MalformedPayload,
     RemoteEagle3Error,
+    TargetFailed,
     Unauthorized,
     kind_of,
 )
@@ -29,31 +30,23 @@ from eagle3_schemas.protocol import (
     HEALTH_PATH,
     PROBLEM_MEDIA_TYPE,
     READY_PATH,
-    REQUEST_ID_HEADER,
-    REQUEST_ID_PATTERN,
 )
+from eagle3_server.budget import Budget
+from eagle3_server.record import record_of
 
 logger = logging.getLogger(__name__)
 
 _MESSAGE_BYTES = 1 << 20  # the transport may hold one message back: small ones bound that memory
 
 
-def request_id_of(request: Request) -> str:
-    """Return the caller's request id if it is safe to log, else one made here once."""
-    known: str | None = getattr(request.state, "request_id", None)
-    if known is None:
-        sent = request.headers.get(REQUEST_ID_HEADER, "")
-        known = sent if re.match(REQUEST_ID_PATTERN, sent) else uuid.uuid4().hex
-        request.state.request_id = known
-    return known
-
-
-async def read_frame_body(request: Request, max_body_bytes: int) -> bytearray:
-    """Receive a frame into one buffer of the announced size.
+async def read_frame_body(request: Request, max_body_bytes: int, budget: Budget) -> bytearray:
+    """Receive a frame into one buffer of the announced size, taken from the budget first.
 
     Raises:
         MalformedPayload: another media type, a compressed body, or one that ended early.
         LimitExceeded: larger than `max_body_bytes`.
+        QueueFull: the budget has no room for it now.
+        ClientDisconnect: the client went away while sending.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip()
     if media_type != FRAME_MEDIA_TYPE:
@@ -69,16 +62,15 @@ async def read_frame_body(request: Request, max_body_bytes: int) -> bytearray:
             f"a request body may have {max_body_bytes} bytes (max_body_bytes); got {length}. Send "
             "smaller batches, or raise the limit on the server"
         )
+    record = record_of(request)
+    record.held.enter_context(budget.reserve(record.client, int(length)))
     body = bytearray(int(length))
     received = 0
-    try:
-        async for chunk in request.stream():
-            if received + len(chunk) > len(body):
-                raise MalformedPayload(f"the body is longer than its content-length {length}")
-            body[received : received + len(chunk)] = chunk
-            received += len(chunk)
-    except ClientDisconnect as exc:
-        raise MalformedPayload("the client went away while sending") from exc
+    async for chunk in request.stream():
+        if received + len(chunk) > len(body):
+            raise MalformedPayload(f"the body is longer than its content-length {length}")
+        body[received : received + len(chunk)] = chunk
+        received += len(chunk)
     if received != len(body):
         raise MalformedPayload(f"expected {length} bytes; the body ended after {received}")
     return body
@@ -105,41 +97,60 @@ class FrameResponse(Response):
 
 def problem_response(request: Request, exc: Exception) -> Response:
     """Turn any error into `application/problem+json` with code, detail and request id."""
-    request_id = request_id_of(request)
-    headers = {REQUEST_ID_HEADER: request_id}
-    if isinstance(exc, RequestValidationError):
-        exc = InvalidRequest(f"the request is not valid: {exc.errors()}")
-    if isinstance(exc, RemoteEagle3Error):
-        kind, detail = kind_of(exc), exc.detail
-        code, status = kind.code, kind.status
-        if exc.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, round(exc.retry_after_s)))
-        if status == 401:
-            headers["www-authenticate"] = "Bearer"
-    elif not isinstance(exc, HTTPException):
-        logger.error("request %s failed", request_id, exc_info=exc)
-        code, status = "target_failed", 500
-        detail = (
-            f"the server failed with {type(exc).__name__}; its log has the traceback under request "
-            f"id {request_id}"
-        )
-    else:
+    record = record_of(request)
+    if isinstance(exc, ClientDisconnect):
+        record.code = "client_gone"
+        return Response(status_code=499)  # nobody reads it
+    headers: dict[str, str] = {}
+    if isinstance(exc, HTTPException):
         # A path or method the framework does not know: most likely another protocol version.
-        code, status, detail = "protocol_mismatch", exc.status_code, str(exc.detail)
-        detail = f"{detail}: {request.method} {request.url.path} is not a path of this server"
+        detail = f"{exc.detail}: {request.method} {request.url.path} is not a path of this server"
+        record.code, status = "protocol_mismatch", exc.status_code
         headers.update(exc.headers or {})
-    return JSONResponse(
-        {
-            "title": HTTPStatus(status).phrase,
-            "status": status,
-            "code": code,
-            "detail": detail,
-            "request_id": request_id,
-        },
-        status,
-        headers,
-        PROBLEM_MEDIA_TYPE,
-    )
+        content = _problem(record.code, status, detail, record.request_id)
+    else:
+        if isinstance(exc, RequestValidationError):
+            exc = InvalidRequest(f"the request is not valid: {exc.errors()}")
+        elif not isinstance(exc, RemoteEagle3Error):
+            logger.error("request %s failed", record.request_id, exc_info=exc)
+            exc = TargetFailed(
+                f"the server failed with {type(exc).__name__}; its log has the traceback under "
+                f"request id {record.request_id}"
+            )
+        record.code, status, headers = _status_and_headers(exc)
+        content = _problem(record.code, status, exc.detail, record.request_id)
+    return JSONResponse(content, status, headers, PROBLEM_MEDIA_TYPE)
+
+
+def problem_bytes(error: RemoteEagle3Error) -> bytes:
+    """Return a whole HTTP answer for a connection that is refused before any request."""
+    code, status, headers = _status_and_headers(error)
+    body = json.dumps(_problem(code, status, error.detail, None)).encode()
+    headers |= {"content-type": PROBLEM_MEDIA_TYPE, "content-length": str(len(body))}
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", "connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def _status_and_headers(error: RemoteEagle3Error) -> tuple[str, int, dict[str, str]]:
+    kind = kind_of(error)
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if kind.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return kind.code, kind.status, headers
+
+
+def _problem(code: str, status: int, detail: str, request_id: str | None) -> dict[str, Any]:
+    title = HTTPStatus(status).phrase
+    return {
+        "title": title,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "request_id": request_id,
+    }
 
 
 class TokenGuard:
@@ -158,8 +169,8 @@ class TokenGuard:
             and not self._is_known(Headers(scope=scope).get("authorization", ""))
         ):
             error = Unauthorized(
-                "expected a bearer token that is in the server's EAGLE3_TOKEN; pass it as token= "
-                "to RemoteEagle3Backend (from_env() reads it from EAGLE3_TOKEN)"
+                "expected a bearer token that the server knows; pass it as token= to "
+                "RemoteEagle3Backend (from_env() reads it from EAGLE3_TOKEN)"
             )
             await problem_response(Request(scope), error)(scope, receive, send)
             return

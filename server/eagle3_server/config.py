@@ -51,6 +51,9 @@ class ServerSettings(BaseSettings):
     token: SecretStr | None = None
     """Bearer token(s) clients must send, comma-separated. Who listens beyond this host. There is no
     flag for it, since arguments show in process lists: set EAGLE3_TOKEN."""
+    token_file: Path | None = None
+    """File with bearer tokens, one a line, beside those of EAGLE3_TOKEN. Who gets secrets mounted
+    as files."""
     insecure: bool = False
     """Allow listening beyond this host without a token. Who has a network nobody else is on."""
     max_tokens_per_request: Annotated[int, Field(ge=1)] = 16384
@@ -63,6 +66,26 @@ class ServerSettings(BaseSettings):
     larger matmuls keep busier."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 64
     """Requests that may wait for the model. Who has more than 32 trainers on one server."""
+    max_tokens_in_flight: Annotated[int, Field(ge=1)] = 1 << 20
+    """B * T of all requests that wait or compute. Who wants requests refused, not kept waiting."""
+    max_bytes_in_flight: Annotated[int, Field(ge=1024)] = 8 << 30
+    """Host memory that request bodies and answers may take together, bytes. Who has less memory, or
+    more slow readers."""
+    max_connections: Annotated[int, Field(ge=1)] = 1024
+    """Open connections. Who has more than a hundred trainers with deep prefetch."""
+    header_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds a request's head may take to arrive. Nobody, but behind a very slow link."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """A body must move 16 KiB/s on average over so many seconds; else its connection is aborted.
+    Who suspends trainers in the middle of a download."""
+    drain_delay_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds after SIGTERM in which the server is unready but still answers, with 503. Who runs
+    behind a load balancer that takes so long to notice."""
+    grace_period_s: Annotated[float, Field(gt=0)] = 25.0
+    """Seconds that requests under way get to finish after that. Who has forwards that take longer,
+    and a supervisor that waits as long."""
+    log_format: Literal["console", "json"] = "console"
+    """Form of the log's lines. Who collects logs by machine."""
     max_draft_vocabs: Annotated[int, Field(ge=1)] = 64
     """Draft vocabs kept; the least recently used goes first. Who has more drafts in training."""
 
@@ -77,7 +100,10 @@ class ServerSettings(BaseSettings):
     def tokens(self) -> tuple[str, ...]:
         """Return the accepted bearer tokens; none means that no token is asked for."""
         value = self.token.get_secret_value() if self.token else ""
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        parts = value.split(",")
+        if self.token_file is not None:
+            parts += self.token_file.read_text(encoding="utf-8").splitlines()
+        return tuple(part.strip() for part in parts if part.strip())
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:

@@ -62,14 +62,21 @@ class DeviceTensors:
     """Whether they are weights, which never change, rather than this result's own memory."""
     ready: torch.cuda.Event | None = None
     """On a GPU: recorded when all work on the tensors has been queued. Set by `queued`."""
+    head_seconds: float = 0.0
+    """Time the head took, of the time of the work."""
 
     @classmethod
     def queued(
-        cls, tensors: dict[str, torch.Tensor], device: torch.device, *, is_constant: bool = False
+        cls,
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+        *,
+        is_constant: bool = False,
+        head_seconds: float = 0.0,
     ) -> DeviceTensors:
         """Build a result whose work has been queued on the current stream of `device`."""
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        return cls(tensors, is_constant, ready)
+        return cls(tensors, is_constant, ready, head_seconds)
 
 
 @dataclass(frozen=True)

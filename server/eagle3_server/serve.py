@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
 import ssl
 import sys
-import threading
 import time
 from types import FrameType
 
@@ -20,8 +20,11 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.app import create_app
 from eagle3_server.config import ServerSettings, unknown_variables
 from eagle3_server.engine import TargetDescription
+from eagle3_server.http_protocol import bounded
 from eagle3_server.listening import hold_unix, is_loopback, listen_tcp, listen_unix, remove_unix
 from eagle3_server.loading import load_target
+from eagle3_server.logs import set_up_logging
+from eagle3_server.service import Service
 from eagle3_server.transformers_target import TransformersTarget
 
 _KEEP_ALIVE_S = 600  # uvicorn's 5 s would close connections between two optimizer steps
@@ -37,18 +40,14 @@ def serve(settings: ServerSettings) -> int:
         InvalidRequest: settings that must not be served, such as a wide bind without a token.
     """
     _check(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    set_up_logging(settings.log_format)
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     failures: list[BaseException] = []
-    loading_ended = threading.Event()
 
     def load() -> TransformersTarget:
         started = time.monotonic()
-        try:
-            target = load_target(settings)
-        finally:
-            loading_ended.set()
+        target = load_target(settings)
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
         logger.info("ready: trainers use %s", " or ".join(urls))
         return target
@@ -57,22 +56,24 @@ def serve(settings: ServerSettings) -> int:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, settings, on_load_failure=stop)
+    app = create_app(load, settings, on_failure=stop)
     # Both are faster than what uvicorn falls back to without a word where they are missing.
     on_windows = sys.platform == "win32"
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http="h11" if on_windows else "httptools",
+        http=bounded(settings),
         loop="asyncio" if on_windows else "uvloop",
         timeout_keep_alive=_KEEP_ALIVE_S,
         access_log=False,
         log_config=None,
+        backlog=settings.max_connections,
+        timeout_graceful_shutdown=math.ceil(settings.grace_period_s),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
     )
-    server = _Server(config)
+    server = _Server(config, app.state.service, settings.drain_delay_s)
     listeners = [listen_tcp(settings.host, settings.port)]
     host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
     scheme = "http" if settings.tls_certificate is None else "https"
@@ -87,23 +88,38 @@ def serve(settings: ServerSettings) -> int:
     finally:
         if settings.unix_socket is not None:
             remove_unix(settings.unix_socket, socket_file)
-        if not loading_ended.is_set():
-            # The thread that loads cannot be interrupted, and torch aborts an interpreter that
+        if app.state.service.is_working:
+            # It loads or computes and cannot be interrupted, and torch aborts an interpreter that
             # exits under it.
-            logger.info("stopped while loading")
+            logger.info("stopped without waiting for the model")
             logging.shutdown()
-            os._exit(0 if server.was_terminated else 1)
+            os._exit(0 if server.was_terminated and not failures else 1)
     return 1 if failures or not server.started else 0
 
 
 class _Server(uvicorn.Server):
-    """Ends with exit code 0 on SIGTERM, at once on a second one.
+    """Drains on SIGTERM and ends with exit code 0; ends at once on a second one.
 
     uvicorn's own raises a caught signal again when it has stopped, so that the process dies of it
     before it has tidied up. Connections whose answers were sent get two seconds to close.
     """
 
     was_terminated = False
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_delay_s: float) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_delay_s = drain_delay_s
+        self._stops_at = math.inf
+
+    async def on_tick(self, counter: int) -> bool:
+        """Begin to drain after a SIGTERM, and stop listening some time later."""
+        if self.was_terminated and self._stops_at == math.inf:
+            logger.info("draining: requests under way are finished, new ones refused")
+            self._service.drain()
+            self._stops_at = time.monotonic() + self._drain_delay_s
+        self.should_exit = self.should_exit or time.monotonic() >= self._stops_at
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening; answer what was asked; close."""
@@ -126,8 +142,11 @@ class _Server(uvicorn.Server):
         if sig != signal.SIGTERM:
             super().handle_exit(sig, frame)
             return
-        self.force_exit = self.was_terminated
-        self.was_terminated = self.should_exit = True
+        if self.was_terminated:
+            self.force_exit = self.should_exit = True
+            # What it would say of the tasks it interrupts is no news.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        self.was_terminated = True
 
 
 def _check(settings: ServerSettings) -> None:
@@ -143,6 +162,12 @@ def _check(settings: ServerSettings) -> None:
             f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
             "see `eagle3-remote serve --help`, and unset or correct them"
         )
+    try:
+        has_tokens = bool(settings.tokens())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"cannot read --token-file {settings.token_file}: {exc}") from exc
+    if settings.token_file is not None and not has_tokens:
+        raise InvalidRequest(f"--token-file {settings.token_file} holds no token; write one a line")
     if settings.tls_certificate is not None:
         if settings.unix_socket is not None:
             raise InvalidRequest(
@@ -159,7 +184,7 @@ def _check(settings: ServerSettings) -> None:
             ) from exc
     elif settings.tls_key is not None:
         raise InvalidRequest("--tls-key needs --tls-certificate, its PEM certificate chain")
-    if not (is_loopback(settings.host) or settings.tokens() or settings.insecure):
+    if not (is_loopback(settings.host) or has_tokens or settings.insecure):
         raise InvalidRequest(
             f"--host {settings.host} lets other hosts in, and no token is set. Run\n"
             "  export EAGLE3_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))')\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib.metadata import version
@@ -13,15 +15,20 @@ import torch
 from starlette.requests import Request
 
 from eagle3_schemas import AUX_LAYER_CONVENTION, ModelInfo
-from eagle3_schemas.errors import NotReady
-from eagle3_schemas.messages import Limits
-from eagle3_server.asgi import request_id_of
+from eagle3_schemas.errors import NotReady, TargetOutOfMemory
+from eagle3_schemas.messages import Limits, ServerStatus
+from eagle3_server.budget import Budget
+from eagle3_server.computations import Computations, Identity
 from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
+from eagle3_server.device_errors import free_memory, is_fatal, is_out_of_memory
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
+from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
+from eagle3_server.telemetry import Telemetry
 from eagle3_server.vocab import DraftVocabRegistry
 
+_CLOSE_S = 5.0
 _UNCOPIED_RESULTS = 2  # one being copied and one just computed: bounds the device memory they take
 
 logger = logging.getLogger(__name__)
@@ -41,7 +48,8 @@ class Service:
     def __init__(self, target: Target | Callable[[], Target], settings: ServerSettings) -> None:
         self._settings = settings
         self._compute = StageThread("compute", settings.max_queued_requests)
-        self._copy = StageThread("copy", _UNCOPIED_RESULTS)
+        # Twice: one client may have half of a stage's places, and here all come from one.
+        self._copy = StageThread("copy", 2 * _UNCOPIED_RESULTS)
         self._uncopied = threading.BoundedSemaphore(_UNCOPIED_RESULTS)
         self._copier: HostCopier | None = None
         self._load: Callable[[], Target] | None = None
@@ -51,11 +59,26 @@ class Service:
         else:
             self._target = target
         self._not_ready_reason = "the target is loading; repeat later"
+        self._on_failure: Callable[[BaseException], None] | None = None
+        self._is_admitting = True
+        self._computations = Computations()
+        self.telemetry = Telemetry()
+        self.tokens = Budget(settings.max_tokens_in_flight, "tokens", "max_tokens_in_flight")
+        self.bytes = Budget(settings.max_bytes_in_flight, "bytes", "max_bytes_in_flight")
         self.draft_vocabs = DraftVocabRegistry(settings.max_draft_vocabs)
+        for name, text, value in (
+            ("eagle3_ready", "1 if requests are served, else 0", lambda: self.is_ready),
+            ("eagle3_queued_requests", "Requests that wait", lambda: len(self._compute)),
+            ("eagle3_tokens_in_flight", "Tokens held", lambda: self.tokens.in_flight),
+            ("eagle3_bytes_in_flight", "Host memory held", lambda: self.bytes.in_flight),
+            ("eagle3_draft_vocabs", "Registered draft vocabs", lambda: len(self.draft_vocabs)),
+            ("eagle3_device_memory_bytes", "Allocated there; 0 on the CPU", self._device_memory),
+        ):
+            self.telemetry.gauge(name, text, value)
 
-    def start(self, on_load_failure: Callable[[BaseException], None] | None = None) -> None:
+    def start(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
         """Begin loading on the compute thread, if there is anything to load; returns at once."""
-        load = self._load
+        load, self._on_failure = self._load, on_failure
         if load is None:
             return
 
@@ -65,61 +88,185 @@ class Service:
             except BaseException as exc:
                 self._not_ready_reason = "the target failed to load; the server's log says why"
                 logger.error("loading failed: %s", exc)
-                if on_load_failure is None:
+                if on_failure is None:
                     raise
-                on_load_failure(exc)
+                on_failure(exc)
 
         self._compute.submit(run)
 
+    def drain(self) -> None:
+        """Refuse new requests, and be unready; those admitted are finished. Safe to repeat."""
+        self._not_ready_reason = "the server is stopping; ask another"
+        self._is_admitting = False
+
     def close(self) -> None:
-        """Finish what is queued, refuse the rest; safe to repeat. Does not wait for loading."""
-        self._not_ready_reason = "the server is stopping"
-        self._compute.close(wait=self._target is not None)
-        self._copy.close(wait=self._target is not None)
+        """Finish what is queued, refuse the rest; safe to repeat.
+
+        Waits neither for loading nor long for work whose client gave it up: see `is_working`.
+        """
+        self.drain()
+        timeout_s = 0.0 if self._target is None else _CLOSE_S
+        self._compute.close(timeout_s)
+        self._copy.close(timeout_s)
+
+    @property
+    def is_working(self) -> bool:
+        """Whether a thread of it runs, idle or not; not after a `close` that waited long enough."""
+        return self._compute.is_alive or self._copy.is_alive
 
     def loaded(self) -> Target:
-        """Return the target.
+        """Return the target, for a request that is to be admitted.
 
         Raises:
-            NotReady: it is loading, failed to load, or the server is stopping.
+            NotReady: it is loading, failed to load, broke, or the server is stopping.
         """
-        if self._target is None:
+        if self._target is None or not self._is_admitting:
             raise NotReady(self._not_ready_reason, retry_after_s=1.0)
         return self._target
 
-    async def compute(self, work: Callable[[], DeviceTensors], request: Request) -> HostTensors:
+    def reserve_bytes(self, request: Request, nbytes: int) -> None:
+        """Take host memory for an answer from the budget, until it has been sent.
+
+        Raises:
+            LimitExceeded: more than there is in all.
+            QueueFull: more than is free now.
+        """
+        record = record_of(request)
+        record.held.enter_context(self.bytes.reserve(record.client, nbytes))
+
+    async def compute(
+        self, work: Callable[[], DeviceTensors], request: Request, body: bytes | bytearray = b""
+    ) -> HostTensors:
         """Run work on the compute thread and its result through the copy thread.
 
-        The event loop stays free, and the next work starts while this result is copied.
+        The event loop stays free, and the next work starts while this result is copied. A request
+        that repeats one under way (same token, id, path and body) shares its result.
 
         Raises:
             QueueFull: too many requests wait.
+            DeadlineExceeded: the request's deadline passed; if it still waited, it is not computed.
+            ClientDisconnect: the client went away; likewise.
             RemoteEagle3Error: what the work raised.
         """
-        request_id = request_id_of(request)
-        computed = self._compute.submit(lambda: self._compute_one(work, request_id), request_id)
-        copied: Future[HostTensors] = await asyncio.wrap_future(computed)
+        record = record_of(request)
+        digest = hashlib.blake2b(request.url.path.encode())
+        digest.update(body)
+        identity = Identity(
+            request.headers.get("authorization", ""), record.request_id, digest.digest()
+        )
+        return await self._computations.result(
+            lambda: self._run(work, record), identity, request.receive, record.deadline
+        )
+
+    async def _run(self, work: Callable[[], DeviceTensors], record: RequestRecord) -> HostTensors:
+        queued = time.monotonic()
+
+        def compute() -> Future[HostTensors]:
+            record.spent("queue", time.monotonic() - queued)
+            return self._compute_one(work, record)
+
+        computed = self._compute.submit(compute, record.request_id, record.client)
+        copied = await asyncio.wrap_future(computed)
         return await asyncio.wrap_future(copied)
 
     def _compute_one(
-        self, work: Callable[[], DeviceTensors], request_id: str
+        self, work: Callable[[], DeviceTensors], record: RequestRecord
     ) -> Future[HostTensors]:
         """Compute on the calling thread and queue the copy, whose future is returned."""
         self._uncopied.acquire()
         try:
-            result = work()
-            copied = self._copy.submit(lambda: self._copy_one(result), request_id)
+            started = time.monotonic()
+            self.telemetry.bound_by.computing(True)
+            result = self._attempt(work, record.request_id)
+            # The checks for finite values wait for the device, so this is its time too.
+            record.spent("compute", time.monotonic() - started - result.head_seconds)
+            record.spent("head", result.head_seconds)
+            copied = self._copy.submit(lambda: self._copy_one(result, record), record.request_id)
         except BaseException:
             self._uncopied.release()
             raise
+        finally:
+            self.telemetry.bound_by.computing(False)
         copied.add_done_callback(lambda _: self._uncopied.release())  # also if it is cancelled
         return copied
 
-    def _copy_one(self, result: DeviceTensors) -> HostTensors:
+    def _attempt(self, work: Callable[[], DeviceTensors], request_id: str) -> DeviceTensors:
+        """Run work; once more, with all memory freed, if the device had none left.
+
+        Raises:
+            TargetOutOfMemory: there is not enough for this request.
+            NotReady: the device failed for good, now or before.
+        """
+        for is_last in (False, True):
+            target = self._target
+            if target is None:
+                raise NotReady(self._not_ready_reason, retry_after_s=1.0)
+            try:
+                return work()
+            except Exception as exc:
+                if is_fatal(exc):
+                    self._break(exc)
+                    raise NotReady(self._not_ready_reason, retry_after_s=1.0) from exc
+                if not is_out_of_memory(exc):
+                    raise
+                logger.warning("request %s: out of memory: %s", request_id, str(exc)[:500])
+            # Not inside `except`, whose traceback keeps the forward's tensors alive.
+            free_memory(target.describe().device)
+            if is_last:
+                break
+        raise TargetOutOfMemory(
+            "the device has not enough memory for this request, with everything else freed. Send "
+            "smaller batches, or lower max_tokens_per_request on the server to refuse them earlier"
+        )
+
+    def _break(self, exc: Exception) -> None:
+        """Be unready for good: after such an error every result of the device would be wrong."""
+        logger.critical("the device failed for good", exc_info=exc)
+        self._not_ready_reason = (
+            f"the device failed for good ({type(exc).__name__}), and the server ends; its "
+            "supervisor has to start it again"
+        )
+        self._target = None
+        if self._on_failure is not None:
+            self._on_failure(exc)
+
+    def _copy_one(self, result: DeviceTensors, record: RequestRecord) -> HostTensors:
         """Copy on the calling thread."""
+        started = time.monotonic()
         if self._copier is None:
-            self._copier = HostCopier(torch.device(self.loaded().describe().device))
-        return self._copier.to_host(result)
+            self._copier = HostCopier(next(iter(result.tensors.values())).device)
+        copies = self._copier.to_host(result)
+        record.spent("copy", time.monotonic() - started)
+        return copies
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are admitted."""
+        return self._target is not None and self._is_admitting
+
+    def _device_memory(self) -> int:
+        target = self._target
+        if target is None or not target.describe().device.startswith("cuda"):
+            return 0
+        return torch.cuda.memory_allocated(target.describe().device)
+
+    def status(self) -> ServerStatus:
+        """Return what the server does now."""
+        shares = self.telemetry.bound_by.shares()
+        padding, coverage = self.telemetry.shares()
+        return ServerStatus(
+            state="ready" if self.is_ready else self._not_ready_reason,
+            uptime_s=time.monotonic() - self.telemetry.started,
+            bound_by=max(shares, key=shares.__getitem__),
+            bound_by_shares={name: share for name, share in shares.items()},
+            queued_requests=len(self._compute),
+            tokens_in_flight=self.tokens.in_flight,
+            bytes_in_flight=self.bytes.in_flight,
+            padding_share=padding,
+            draft_vocab_coverage=coverage,
+            clients=self.telemetry.clients(),
+            errors=self.telemetry.errors(),
+        )
 
     def limits(self) -> Limits:
         """Return what one request may hold."""

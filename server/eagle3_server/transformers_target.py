@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -152,6 +153,7 @@ class TransformersTarget:
         del result  # frees the layers' outputs before the head runs
         _check_finite(attended, attention_mask, job.aux_layer_ids)
         encoding = ENCODINGS[job.encoding]
+        started = time.monotonic()
         supervision = supervise_rows(
             source,
             loss_mask,
@@ -160,6 +162,7 @@ class TransformersTarget:
             job.rows,
             needs_draft_logits=not encoding.needs_draft_head,
         )
+        head_seconds = time.monotonic() - started  # its checks have waited for the device
         position_mask = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=self._device)
         position_mask[:, :columns] = shift_left_with_zero(supervision.position_mask)
         return DeviceTensors.queued(
@@ -169,6 +172,7 @@ class TransformersTarget:
                 encoding.tensor_name: supervision.rows,
             },
             self._device,
+            head_seconds=head_seconds,
         )
 
     def _rows_head(self, job: SupervisionJob) -> RowsHead | None:

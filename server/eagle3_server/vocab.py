@@ -23,6 +23,9 @@ class DraftVocabRegistry:
         self._lock = threading.Lock()
         self._vocabs: OrderedDict[str, DraftVocab] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._vocabs)
+
     def register(self, vocab: DraftVocab) -> None:
         """Add a checked draft vocab, or mark a known one as used."""
         with self._lock:

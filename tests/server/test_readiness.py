@@ -106,7 +106,7 @@ def test_the_owner_of_the_app_is_told_why_loading_failed() -> None:
         told.append(error)
         is_told.set()
 
-    with TestClient(create_app(load, on_load_failure=tell)) as client:
+    with TestClient(create_app(load, on_failure=tell)) as client:
         assert is_told.wait(60)
         assert "failed to load" in client.get("/readyz").json()["detail"]
     assert str(told[0]) == "no such model"
