@@ -10,7 +10,7 @@ help:
 	@echo "make demo      serve a real target, train a small draft against it, plot the losses"
 	@echo "make test      lint, types, and all tests that need only pip"
 	@echo "make test-all  what needs more: real weights, the peer's package, processes"
-	@echo "make soak      fuzzing: 50,000 examples a property"
+	@echo "make soak      fuzzing: 50,000 examples a property, a million frames, 50,000 requests"
 	@echo "PYTHON=...     interpreter to build .venv/ with; its torch is reused if it has one"
 
 setup:
@@ -34,6 +34,8 @@ test-all:
 
 soak: setup
 	$(VENV_PYTHON) -m pytest -m "not slow and not gpu" tests/schemas --hypothesis-profile=soak --timeout=7200
+	EAGLE3TEST_DECODER_INPUTS=1000000 EAGLE3TEST_HTTP_INPUTS=50000 EAGLE3TEST_SEED=$$(date +%s) \
+		$(VENV_PYTHON) -m pytest tests/fuzz -s --timeout=7200
 
 clean:
 	rm -rf .venv demo-report

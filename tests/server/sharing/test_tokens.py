@@ -1,0 +1,69 @@
+"""Bearer tokens: on every path but the two probes, from a file or the environment, never told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.seeded_target import SeededTarget
+from tests.server.sharing.conftest import VOCAB, problem
+
+OPEN = ["/healthz", "/readyz"]
+GUARDED = [
+    ("GET", "/v1/model"),
+    ("GET", "/v1/status"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+    ("GET", "/v1/input-embeddings"),
+    ("GET", f"/v1/draft-vocabs/{VOCAB.digest}/head"),
+    ("PUT", f"/v1/draft-vocabs/{VOCAB.digest}"),
+    ("POST", "/v1/supervision"),
+    ("GET", "/no-such-path"),
+]
+WRONG = [None, "Bearer wrong", "Bearer", "Basic b25l", "Bearer one two", "one", "Bearer ONE"]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text("three\n\n  four  \n")
+    return path
+
+
+def test_every_path_of_the_app_is_in_these_lists(trainer: Any, live_server: Any) -> None:
+    one = trainer(live_server(SeededTarget()))
+    paths = set(one.http.get("/openapi.json").json()["paths"])
+    listed = {path.replace(VOCAB.digest, "{digest}") for _, path in GUARDED} | set(OPEN)
+    assert paths <= listed
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_without_a_right_token_only_the_probes_answer(
+    live_server: Any, trainer: Any, tokens: Path, wrong: str | None
+) -> None:
+    url = live_server(SeededTarget(), token="one,two", token_file=tokens)
+    one = trainer(url, authorization="Bearer one")
+    headers = {} if wrong is None else {"authorization": wrong}
+    one.http.headers.pop("authorization")
+    for path in OPEN:
+        assert one.http.get(path, headers=headers).json() in (
+            {"status": "alive"},
+            {"status": "ready"},
+        )
+    for method, path in GUARDED:
+        answer = one.http.request(method, path, headers=headers)
+        assert problem(answer)[:2] == (401, "unauthorized"), path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        for secret in ("one", "two", "three", "four"):
+            assert f" {secret} " not in problem(answer)[2]
+
+
+@pytest.mark.parametrize("token", ["one", "two", "three", "four"])
+def test_any_of_the_tokens_will_do(
+    live_server: Any, trainer: Any, is_right: Any, tokens: Path, token: str
+) -> None:
+    url = live_server(SeededTarget(), token="one, two", token_file=tokens)
+    one = trainer(url, authorization=f"Bearer {token}")
+    assert is_right(1, one.ask(1))
+    assert one.http.get("/metrics").status_code == 200
