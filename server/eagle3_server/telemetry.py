@@ -141,8 +141,9 @@ class Telemetry:
             self._refused.labels(record.code).inc()
         self._bytes.labels("received").inc(record.bytes_received)
         self._bytes.labels("sent").inc(record.bytes_sent)
-        for stage, seconds in record.stages.items():
-            self._stages.labels(stage).observe(seconds)
+        if record.is_service:
+            for stage, seconds in record.stages.items():
+                self._stages.labels(stage).observe(seconds)
         if record.tokens is not None:
             for kind in self._totals:
                 count = getattr(record.tokens, kind)

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
-from tests.seeded_target import SeededTarget
+from tests.seeded_target import B, SeededTarget, T
 from tests.server.sharing.conftest import PATIENCE_S, problem
 
 
@@ -137,9 +138,9 @@ def test_a_repeated_request_joins_the_one_under_way(
     repeats = [pool.submit(one.ask, 1, "same") for _ in range(3)]
     other = pool.submit(one.ask, 2, "same")
     assert problem(other.result(PATIENCE_S))[:2] == (422, "invalid_request")
-    first.close()  # the others still wait for it
-    for _ in range(20):
-        assert one.status()["tokens_in_flight"] > 0
+    wait_for(one, tokens_in_flight=4 * B * T)  # all have come
+    first.close()
+    wait_for(one, tokens_in_flight=3 * B * T)  # the others still wait for it
     gate.is_open.set()
     assert all(is_right(1, repeat.result(PATIENCE_S)) for repeat in repeats)
     assert target.supervised == [1]
@@ -189,9 +190,12 @@ def test_a_slow_reader_that_keeps_reading_gets_it_all(
     for _ in range(30):
         threading.Event().wait(0.1)
         received += slow.recv(1 << 16)
-    while len(received) < 5 << 20:
-        received += slow.recv(1 << 20)
+    head, _, body = bytes(received).partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    while len(body) < length:
+        body += slow.recv(1 << 20)
     slow.close()
+    assert is_right(1, httpx.Response(200, content=body))
 
 
 @pytest.mark.parametrize("end", ["vanish", "half-close"])
