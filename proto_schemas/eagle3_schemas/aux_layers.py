@@ -8,7 +8,8 @@ from typing import Final
 from eagle3_schemas.errors import InvalidRequest
 
 AUX_LAYER_CONVENTION: Final = "layer_output"
-"""Layer id i names the *output* of decoder layer i. vLLM and speculators name inputs (ours + 1)."""
+"""Layer id i names the *output* of decoder layer i. vLLM and speculators name inputs (ours + 1):
+`to_layer_inputs` and `from_layer_inputs` convert."""
 
 NUM_AUX_LAYERS: Final = 3
 
@@ -49,3 +50,42 @@ def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_hidden_layers: int)
             f"(id i is the output of decoder layer i); got {list(ids)}"
         )
     return ids
+
+
+def to_layer_inputs(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
+    """Return the same hidden states' ids as serving engines name them, in the same order.
+
+    vLLM and speculators (`eagle_aux_hidden_state_layer_ids`) name what a layer reads: the output of
+    layer i is the input of layer i + 1. That of the last layer, L - 1, is L there.
+
+    Args:
+        aux_layer_ids: three distinct layer outputs, in [0, L).
+        num_hidden_layers: L, the target's decoder layers.
+
+    Raises:
+        InvalidRequest: as `validate_aux_layer_ids`.
+    """
+    return tuple(i + 1 for i in validate_aux_layer_ids(aux_layer_ids, num_hidden_layers))
+
+
+def from_layer_inputs(layer_input_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
+    """Return `aux_layer_ids` for ids of a serving engine's config; undoes `to_layer_inputs`.
+
+    Args:
+        layer_input_ids: three distinct layer inputs, in [1, L]. 0, the embeddings, is no layer's
+            output, and cannot be captured here.
+        num_hidden_layers: L, the target's decoder layers.
+
+    Raises:
+        InvalidRequest: any other number of ids, a repeated one, or one out of range.
+    """
+    ids = tuple(layer_input_ids)
+    try:
+        return validate_aux_layer_ids([i - 1 for i in ids if type(i) is int], num_hidden_layers)
+    except InvalidRequest as exc:
+        raise InvalidRequest(
+            f"ids of layer inputs must be {NUM_AUX_LAYERS} distinct ids in "
+            f"[1, {num_hidden_layers}] (id i is the input of decoder layer i, and "
+            f"{num_hidden_layers} the output of the last); got {list(ids)}. Pass the draft "
+            "config's eagle_aux_hidden_state_layer_ids, with this target's number of layers"
+        ) from exc

@@ -52,9 +52,9 @@ class Eagle3TargetBackend(ABC):
             input_ids: [B, T] integer token ids.
             attention_mask: [B, T], non-zero where attended.
             loss_mask: [B, T], non-zero where supervised; unshifted.
-            position_ids: [B, T], restarting per packed document.
-            seq_lens: [B, max_docs] packed document lengths, 0-padded.
-            doc_remaining: [B, T] tokens left in each document.
+            position_ids: [B, T], restarting per packed document; needed with `seq_lens`.
+            seq_lens: [B, max_docs] packed document lengths, 0-padded; each row's sum is T.
+            doc_remaining: [B, T] tokens left in each document, for the trainer.
         """
 
     @abstractmethod

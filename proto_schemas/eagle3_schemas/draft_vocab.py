@@ -85,6 +85,11 @@ class DraftVocab:
 def _check_mask(ordered_ids: torch.Tensor, mask: torch.Tensor) -> None:
     if mask.ndim != 1:
         raise InvalidRequest(f"selected_token_mask must be [V]; got shape {list(mask.shape)}")
+    if int(ordered_ids[-1]) >= mask.numel():
+        raise InvalidRequest(
+            f"selected_token_ids must be in [0, {mask.numel()}), the length of "
+            f"selected_token_mask; got {int(ordered_ids[-1])}. Build both for the target's vocab"
+        )
     marked = mask.detach().to("cpu").ne(0).nonzero().squeeze(1)
     if not torch.equal(marked, ordered_ids):
         raise InvalidRequest(

@@ -19,9 +19,15 @@ class RemoteEagle3Error(Exception):
         url: The server that answered or failed to, filled in by the client.
         attempts: How many times the request was sent, filled in by the client.
         retry_after_s: Seconds the server asks the client to wait before it repeats.
+
+    Attributes:
+        rank: of the trainer it ends (the variable RANK), filled in by the client.
+        waited_s: seconds since the first of several attempts failed, likewise.
     """
 
     is_retryable = False
+    may_go_elsewhere = False
+    """Whether another server can be asked at once, set by the client."""
 
     def __init__(
         self,
@@ -38,13 +44,17 @@ class RemoteEagle3Error(Exception):
         self.url = url
         self.attempts = attempts
         self.retry_after_s = retry_after_s
+        self.rank: str | None = None
+        self.waited_s: float | None = None
 
     def __str__(self) -> str:
         context = [
             f"{name}={value}"
             for name, value in (
+                ("rank", self.rank),
                 ("url", self.url),
                 ("attempts", self.attempts),
+                ("waited_s", self.waited_s),
                 ("request_id", self.request_id),
             )
             if value is not None
@@ -118,6 +128,8 @@ class TransportError(RemoteEagle3Error):
     """No usable answer: connect, read, timeout, truncated or corrupted body. Retried."""
 
     is_retryable = True
+    was_sent = True
+    """Whether the server may have had the request; not if no connection came about."""
 
 
 class ErrorKind(NamedTuple):

@@ -15,7 +15,7 @@ from eagle3_schemas.aux_states import aux_shapes, decode_aux
 from eagle3_schemas.draft_head import DraftHead, LogitsTransform
 from eagle3_schemas.draft_vocab import DraftVocab
 from eagle3_schemas.encodings import ENCODINGS
-from eagle3_schemas.errors import InvalidRequest, MalformedPayload, PackingUnsupported
+from eagle3_schemas.errors import InvalidRequest, MalformedPayload
 from eagle3_schemas.frame import EncodedFrame, Frame, encode
 from eagle3_schemas.messages import (
     DraftHeadFields,
@@ -23,6 +23,7 @@ from eagle3_schemas.messages import (
     SupervisionResponse,
     parse,
 )
+from eagle3_schemas.packing import check_seq_lens
 from eagle3_schemas.supervision import pack_bits, scatter_rows, shift_left_with_zero, unpack_bits
 
 
@@ -33,6 +34,7 @@ class TokenBatch:
     input_ids: torch.Tensor  # int64
     attention_mask: torch.Tensor  # bool
     loss_mask: torch.Tensor  # bool, unshifted
+    seq_lens: torch.Tensor | None = None  # int64 [B, max_docs], of packed rows
 
 
 def check_is_dense(name: str, tensor: object) -> None:
@@ -41,15 +43,6 @@ def check_is_dense(name: str, tensor: object) -> None:
         raise InvalidRequest(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         raise InvalidRequest(f"{name} must be a dense tensor with data; got {tensor.layout}")
-
-
-def refuse_packing(*packing: torch.Tensor | None) -> None:
-    """Raise PackingUnsupported if any packing tensor was given."""
-    if any(tensor is not None for tensor in packing):
-        raise PackingUnsupported(
-            "packed sequences (position_ids, seq_lens, doc_remaining) are not supported yet; send "
-            "one document per row"
-        )
 
 
 def check_batch_shapes(
@@ -116,6 +109,8 @@ def pack_request(batch: TokenBatch, **fields: Any) -> tuple[SupervisionRequest, 
         "attention_mask": pack_bits(batch.attention_mask),
         "loss_mask": pack_bits(batch.loss_mask),
     }
+    if batch.seq_lens is not None:  # positions follow from it
+        tensors["seq_lens"] = batch.seq_lens.to(torch.int32)
     return request, encode(request.model_dump(exclude_defaults=True), tensors)
 
 
@@ -128,9 +123,12 @@ def unpack_request(request: SupervisionRequest, frame: Frame) -> TokenBatch:
     shape = (request.batch_size, request.sequence_length)
     count = shape[0] * shape[1]
     bits = -(-count // 8)
-    _expect(
-        frame, {"input_ids": torch.int32, "attention_mask": torch.uint8, "loss_mask": torch.uint8}
-    )
+    expected_dtypes = {
+        "input_ids": torch.int32, "attention_mask": torch.uint8, "loss_mask": torch.uint8
+    }  # fmt: skip
+    if "seq_lens" in frame.tensors:
+        expected_dtypes["seq_lens"] = torch.int32
+    _expect(frame, expected_dtypes)
     for name in ("attention_mask", "loss_mask"):
         if frame.tensors[name].shape != (bits,):
             raise InvalidRequest(
@@ -152,7 +150,11 @@ def unpack_request(request: SupervisionRequest, frame: Frame) -> TokenBatch:
     else:
         input_ids = torch.full(shape, request.pad_token_id, dtype=torch.int64)
         input_ids[used] = ids.long()
-    return TokenBatch(input_ids, attention_mask, loss_mask)
+    seq_lens = frame.tensors.get("seq_lens")
+    if seq_lens is not None:
+        check_seq_lens(seq_lens, attention_mask)
+        seq_lens = seq_lens.long()
+    return TokenBatch(input_ids, attention_mask, loss_mask, seq_lens)
 
 
 @dataclass(frozen=True)

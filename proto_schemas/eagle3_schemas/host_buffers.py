@@ -10,6 +10,8 @@ from typing import Final
 
 import torch
 
+from eagle3_schemas.host_zeros import host_zeros
+
 MAX_IDLE_BUFFERS: Final = 8
 """Buffers kept for the next `take`; with more, the one unused for longest is freed."""
 
@@ -56,7 +58,9 @@ class HostBuffers:
                 if self._idle[index].numel() == size:
                     return self._idle.pop(index)
             del self._idle[: max(len(self._idle) - MAX_IDLE_BUFFERS, 0)]
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        if self._pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return host_zeros((size,), torch.uint8)
 
 
 def _rounded(nbytes: int) -> int:

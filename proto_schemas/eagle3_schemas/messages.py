@@ -60,7 +60,8 @@ class SupervisionRequest(Message):
 
     Its tensors: `attention_mask` and `loss_mask` as bits ([ceil(B*T/8)] uint8, see `pack_bits`),
     and `input_ids` int32: [B*T], or, when `pad_token_id` is set, only the ids at positions where
-    either mask is 1, in row order; the others are that pad id.
+    either mask is 1, in row order; the others are that pad id. Of packed rows also `seq_lens`,
+    int32 [B, max_docs]: the documents' lengths, 0-padded, each row's sum T.
     """
 
     request_id: RequestId
@@ -127,7 +128,15 @@ class ModelInfo(Message):
     revision: str | None
     architecture: str
     fingerprint: str
-    """Short digest of the weights: names, shapes, dtypes and sampled bytes."""
+    """Short digest of what is served: name, revision, config, weights (names, shapes, dtypes and
+    sampled bytes), dtype, quantization, tokenizer, layer convention and protocol."""
+    config_digest: str | None = None
+    weights_digest: str | None = None
+    """Its parts, so that two servers' difference has a name."""
+    quantization: str | None = None
+    """Method of quantization of the weights, as the checkpoint's config names it, or None."""
+    tokenizer_digest: str | None = None
+    """`eagle3_schemas.tokenizer_digest` of the checkpoint's tokenizer; None if it has none."""
     num_hidden_layers: Count
     hidden_size: Count
     vocab_size: Count
@@ -141,6 +150,8 @@ class ModelInfo(Message):
     torch_version: str
     num_threads: Count
     """torch's intra-op threads: on the CPU part of what `exact` depends on."""
+    deterministic: bool | None = None
+    """Whether two runs of the warm-up gave the same bits; None: not tried. If not, no `exact`."""
     aux_layer_ids: tuple[int, ...] | None
     """Used when a request names none; None: the target is too shallow for the default rule."""
     aux_layer_convention: str
@@ -150,6 +161,11 @@ class ModelInfo(Message):
     """Why it is a fallback, or None."""
     encodings: tuple[str, ...]
     """What this target offers; `hidden` needs a plain linear head."""
+    packing: Literal["masked", "documents"] | None = None
+    """How packed rows are computed with `exact`: in one forward under a block-causal mask, or each
+    document as a row of its own, as they are without `exact`. None: they are refused."""
+    packing_reason: str | None = None
+    """Why it is not `masked`, or None."""
     limits: Limits
 
 
@@ -167,7 +183,9 @@ class RecentError(Message):
     """A request that was refused or failed."""
 
     code: str
+    detail: str
     request_id: str
+    client: str
     seconds_ago: float
 
 
@@ -184,9 +202,9 @@ class ServerStatus(Message):
     queued_requests: Count
     tokens_in_flight: Count
     bytes_in_flight: Count
-    padding_share: float
-    """Share of the positions sent since the start that were padding."""
-    draft_vocab_coverage: float
+    padding_share: float | None
+    """Share of the positions sent since the start that were padding; None before the first."""
+    draft_vocab_coverage: float | None
     """Share of the supervised positions whose target argmax was in the draft vocab."""
     clients: tuple[ClientStatus, ...]
     errors: tuple[RecentError, ...]

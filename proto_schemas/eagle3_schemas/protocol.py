@@ -12,6 +12,8 @@ PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
 
 HEALTH_PATH: Final = "/healthz"
 READY_PATH: Final = "/readyz"
+PROBE_PATHS: Final = (HEALTH_PATH, READY_PATH)
+"""Asked for every few seconds, without a token."""
 MODEL_PATH: Final = "/v1/model"
 DRAFT_VOCAB_PATH: Final = "/v1/draft-vocabs/{digest}"
 DRAFT_HEAD_PATH: Final = "/v1/draft-vocabs/{digest}/head"
@@ -26,6 +28,13 @@ CLIENT_ID_HEADER: Final = "x-eagle3-client"
 """Names the trainer process, so that clients can take turns; same pattern as a request id."""
 DEADLINE_HEADER: Final = "x-eagle3-deadline-ms"
 """Milliseconds, from the server's reading of the header, after which nobody wants the answer."""
+
+INSTANCE_HEADER: Final = "x-eagle3-instance"
+"""Names the server process in each of its answers, so that a client can tell that it restarted."""
+
+SERVER_TIMING_HEADER: Final = "server-timing"
+"""Milliseconds the server spent on a supervision request before its answer began, by stage and in
+`total` since the request's head came; in the form of W3C Server Timing."""
 
 MAX_REQUEST_ID_LENGTH: Final = 64
 REQUEST_ID_PATTERN: Final = r"^[A-Za-z0-9._-]{1,64}$"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from eagle3_schemas.host_zeros import host_zeros
+
 
 def shift_left_with_zero(tensor: torch.Tensor) -> torch.Tensor:
     """Drop column 0 and append a zero column: [B, T, ...] -> [B, T, ...], same dtype and device.
@@ -62,6 +64,7 @@ def scatter_rows(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """
     if rows.shape[0] == mask.numel():
         return rows.view(*mask.shape, rows.shape[-1])
-    full = rows.new_zeros(mask.numel(), rows.shape[-1])
+    shape = (mask.numel(), rows.shape[-1])
+    full = host_zeros(shape, rows.dtype) if rows.device.type == "cpu" else rows.new_zeros(shape)
     full[mask.reshape(-1)] = rows
     return full.view(*mask.shape, rows.shape[-1])
