@@ -10,7 +10,13 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eagle3_schemas.errors import NotReady
-from eagle3_schemas.protocol import REQUEST_ID_HEADER
+from eagle3_schemas.protocol import (
+    INSTANCE_HEADER,
+    METRICS_PATH,
+    PROBE_PATHS,
+    REQUEST_ID_HEADER,
+    SERVER_TIMING_HEADER,
+)
 from eagle3_server.asgi import problem_response
 from eagle3_server.record import RequestRecord
 from eagle3_server.service import Service
@@ -37,6 +43,10 @@ class Accounting:
             return
         record = RequestRecord.arriving(scope)
         status, sending_since = 0, 0.0
+        connection = scope["state"].get("connection")  # none with a test's client
+
+        def was_lost() -> bool:
+            return connection is not None and connection.was_lost
 
         async def receive_counted() -> Message:
             message = await receive()
@@ -47,10 +57,19 @@ class Accounting:
             nonlocal status, sending_since
             if message["type"] == "http.response.start":
                 status, sending_since = message["status"], time.monotonic()
-                identity = (REQUEST_ID_HEADER.encode(), record.request_id.encode())
-                message["headers"] = [*message.get("headers", ()), identity]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (REQUEST_ID_HEADER.encode(), record.request_id.encode()),
+                    (INSTANCE_HEADER.encode(), self._service.instance.encode()),
+                ]
+                if record.is_service and status == 200:
+                    timing = (SERVER_TIMING_HEADER.encode(), record.server_timing().encode())
+                    message["headers"].append(timing)
             else:
-                record.bytes_sent += len(message.get("body", b""))
+                await send(message)
+                if not was_lost():
+                    record.bytes_sent += len(message.get("body", b""))
+                return
             await send(message)
 
         telemetry = self._service.telemetry
@@ -71,13 +90,22 @@ class Accounting:
         finally:
             if status:
                 record.spent("send", time.monotonic() - sending_since)
+            if was_lost() and record.code == "ok":
+                record.code = "client_gone"
             record.held.close()
             # Not what the client made up: each path becomes a metric of its own.
             path = getattr(scope.get("route"), "path", "unknown")
             telemetry.end(record, path)
-            is_routine = status == 200 and not path.startswith("/v1")  # probes, every few seconds
+            is_probe = path in PROBE_PATHS  # every few seconds
             logger.log(
-                logging.DEBUG if is_routine else logging.INFO,
+                logging.DEBUG if is_probe or path == METRICS_PATH else _level(status),
                 "request",
                 extra={"fields": record.summary(path, status)},
             )
+
+
+def _level(status: int) -> int:
+    """Return the level of a request's line: what nobody need look at is INFO."""
+    if status == 500:
+        return logging.ERROR
+    return logging.WARNING if status >= 400 else logging.INFO

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from eagle3_schemas import DraftVocab, validate_aux_layer_ids
-from eagle3_schemas.errors import InvalidRequest, LimitExceeded
+from eagle3_schemas.errors import InvalidRequest, LimitExceeded, PackingUnsupported
 from eagle3_schemas.exchange import unpack_request
 from eagle3_schemas.frame import decode
 from eagle3_schemas.messages import Limits, SupervisionRequest, parse
@@ -18,7 +18,12 @@ from eagle3_server.vocab import DraftVocabRegistry
 
 
 def admit_supervision(
-    body: bytearray, description: TargetDescription, limits: Limits, registry: DraftVocabRegistry
+    body: bytearray,
+    description: TargetDescription,
+    limits: Limits,
+    registry: DraftVocabRegistry,
+    *,
+    deterministic: bool | None = None,
 ) -> tuple[SupervisionRequest, SupervisionJob]:
     """Decode and check a supervision request. Pure CPU work, safe on any thread.
 
@@ -26,6 +31,7 @@ def admit_supervision(
         MalformedPayload: not a frame.
         InvalidRequest: a field or tensor is wrong.
         LimitExceeded: larger than the server admits.
+        PackingUnsupported: packed rows, and the target takes none.
         VocabMappingMissing: the draft vocab is not registered here.
     """
     frame = decode(body)
@@ -38,13 +44,7 @@ def admit_supervision(
         raise LimitExceeded(
             f"a request may have {limits.max_tokens_per_request} tokens (max_tokens_per_request); "
             f"got {request.batch_size} x {request.sequence_length} = {tokens}. Send smaller "
-            "batches, or raise the limit on the server"
-        )
-    longest = limits.max_sequence_length
-    if longest is not None and request.sequence_length > longest:
-        raise LimitExceeded(
-            f"the target has {longest} learned positions; got sequences of "
-            f"{request.sequence_length}. Cut the sequences"
+            "batches, or raise the limit on the server (EAGLE3_MAX_TOKENS_PER_REQUEST)"
         )
     if request.encoding not in description.encodings:
         raise InvalidRequest(
@@ -55,7 +55,26 @@ def admit_supervision(
         raise InvalidRequest(
             f"exact=True forbids aux_dtype {request.aux_dtype!r}, which is lossy; drop either"
         )
+    if request.exact and deterministic is False:
+        raise InvalidRequest(
+            f"exact=True cannot be had: two runs of one batch differed on {description.device_name}"
+            " when the server started (deterministic in model info). Drop exact, or serve with "
+            "other kernels (--attn-implementation eager) or on another device"
+        )
     batch = unpack_request(request, frame)
+    longest = limits.max_sequence_length
+    length, what = request.sequence_length, "sequences"
+    if batch.seq_lens is not None:
+        if description.packing is None:
+            raise PackingUnsupported(
+                "this target takes no packed rows (packing in model info is none); send one "
+                "document per row"
+            )
+        length, what = int(batch.seq_lens.max()), "documents"
+    if longest is not None and length > longest:
+        raise LimitExceeded(
+            f"the target has {longest} learned positions; got {what} of {length}. Cut the {what}"
+        )
     lowest, highest = int(batch.input_ids.min()), int(batch.input_ids.max())
     if lowest < 0 or highest >= description.input_vocab_size:
         raise InvalidRequest(
@@ -80,6 +99,7 @@ def admit_supervision(
         rows=request.rows,
         aux_dtype=request.aux_dtype,
         exact=request.exact,
+        seq_lens=batch.seq_lens,
     )
 
 
@@ -96,6 +116,11 @@ def admit_draft_vocab(body: bytearray, digest: str, vocab_size: int) -> DraftVoc
         raise InvalidRequest(
             "expected tensors selected_token_ids [D] and selected_token_mask (bits, uint8); got "
             f"{sorted(tensors)}"
+        )
+    if ids.numel() > vocab_size:  # before anything is made of them
+        raise InvalidRequest(
+            f"a draft vocab may have at most the target's {vocab_size} ids; got {ids.numel()}. "
+            "Choose distinct ids of this target's vocab"
         )
     if bits.shape != (-(-vocab_size // 8),):
         raise InvalidRequest(

@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,6 +39,7 @@ from eagle3_server.admission import admit_draft_vocab, admit_supervision
 from eagle3_server.asgi import FrameResponse, TokenGuard, problem_response, read_frame_body
 from eagle3_server.config import ServerSettings
 from eagle3_server.engine import Target
+from eagle3_server.openapi import GIVES_FRAME, PROBLEMS, TAKES_FRAME, needs_token
 from eagle3_server.record import TokenCounts, record_of
 from eagle3_server.response_size import embeddings_bytes, head_bytes, supervision_bytes
 from eagle3_server.service import Service
@@ -48,15 +50,18 @@ def create_app(
     settings: ServerSettings | None = None,
     *,
     on_failure: Callable[[BaseException], None] | None = None,
+    on_ready: Callable[[], None] | None = None,
 ) -> FastAPI:
     """Build the service around one target.
 
     Args:
         target: a loaded target, or a function that loads one. A function runs on the compute
-            thread when the app starts; until it returns, `/healthz` answers and `/readyz` is 503.
+            thread when the app starts and is warmed up there; until then, `/healthz` answers and
+            `/readyz` is 503.
         settings: limits and tokens; the default reads `EAGLE3_*` variables.
         on_failure: called on the compute thread if loading fails or the device is lost, after
             readiness says why. The process should end.
+        on_ready: called there when a target that was loaded has been warmed up.
 
     Returns:
         The app, with the `Service` as `app.state.service`. One process serves one target; run
@@ -65,10 +70,11 @@ def create_app(
     settings = ServerSettings() if settings is None else settings
     service = Service(target, settings)
     tokens = settings.tokens()
+    guarded = needs_token(tokens)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        service.start(on_failure)
+        service.start(on_failure, on_ready)
         yield
         await asyncio.to_thread(service.close)
 
@@ -79,6 +85,8 @@ def create_app(
         # The interactive pages load scripts from the internet; the schema alone stays.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
+        responses=PROBLEMS,
     )
     app.state.service = service
     app.add_middleware(TokenGuard, tokens=tokens)
@@ -99,22 +107,22 @@ def create_app(
         service.loaded()
         return {"status": "ready"}
 
-    @app.get(MODEL_PATH)
+    @app.get(MODEL_PATH, dependencies=guarded)
     async def model() -> ModelInfo:
         """What is served, and its limits."""
         return service.model_info()
 
-    @app.get(STATUS_PATH)
+    @app.get(STATUS_PATH, dependencies=guarded)
     async def status() -> ServerStatus:
         """What the server does now, and what bounds its throughput."""
         return service.status()
 
-    @app.get(METRICS_PATH, response_class=Response)
+    @app.get(METRICS_PATH, response_class=PlainTextResponse, dependencies=guarded)
     async def metrics() -> Response:
         """The same and more for Prometheus, in its text format."""
         return Response(generate_latest(service.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.put(DRAFT_VOCAB_PATH)
+    @app.put(DRAFT_VOCAB_PATH, openapi_extra=TAKES_FRAME, dependencies=guarded)
     async def draft_vocab(digest: str, request: Request) -> DraftVocabInfo:
         """Register a draft vocab under the digest of its ordered ids; safe to repeat."""
         description = service.loaded().describe()
@@ -123,7 +131,7 @@ def create_app(
         service.draft_vocabs.register(vocab)
         return DraftVocabInfo(digest=vocab.digest, draft_vocab_size=vocab.draft_vocab_size)
 
-    @app.get(DRAFT_HEAD_PATH)
+    @app.get(DRAFT_HEAD_PATH, response_class=Response, responses=GIVES_FRAME, dependencies=guarded)
     async def draft_head(digest: str, request: Request) -> Response:
         """The head's rows of a registered draft vocab, a frame with `weight` and maybe `bias`."""
         target = service.loaded()
@@ -141,7 +149,7 @@ def create_app(
         )
         return FrameResponse(encode(fields.model_dump(), result.tensors, result.checksums))
 
-    @app.get(EMBEDDINGS_PATH)
+    @app.get(EMBEDDINGS_PATH, response_class=Response, responses=GIVES_FRAME, dependencies=guarded)
     async def input_embeddings(request: Request) -> Response:
         """The input embeddings, a frame with `weight` [V_in, H]."""
         target = service.loaded()
@@ -150,14 +158,25 @@ def create_app(
         fields = {"fingerprint": target.describe().fingerprint}
         return FrameResponse(encode(fields, result.tensors, result.checksums))
 
-    @app.post(SUPERVISION_PATH)
+    @app.post(
+        SUPERVISION_PATH,
+        response_class=Response,
+        responses=GIVES_FRAME,
+        openapi_extra=TAKES_FRAME,
+        dependencies=guarded,
+    )
     async def supervision(http_request: Request) -> Response:
         """Aux hidden states and draft-vocab supervision for one batch."""
         target = service.loaded()
         description = target.describe()
         body = await read_frame_body(http_request, settings.max_body_bytes, service.bytes)
         request, job = await asyncio.to_thread(
-            admit_supervision, body, description, service.limits(), service.draft_vocabs
+            admit_supervision,
+            body,
+            description,
+            service.limits(),
+            service.draft_vocabs,
+            deterministic=service.deterministic,
         )
         record = record_of(http_request)
         record.draft_vocab_digest = job.draft_vocab.digest

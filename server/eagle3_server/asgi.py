@@ -27,9 +27,8 @@ from eagle3_schemas.errors import (
 from eagle3_schemas.frame import EncodedFrame
 from eagle3_schemas.protocol import (
     FRAME_MEDIA_TYPE,
-    HEALTH_PATH,
+    PROBE_PATHS,
     PROBLEM_MEDIA_TYPE,
-    READY_PATH,
 )
 from eagle3_server.budget import Budget
 from eagle3_server.record import record_of
@@ -60,10 +59,11 @@ async def read_frame_body(request: Request, max_body_bytes: int, budget: Budget)
     if int(length) > max_body_bytes:
         raise LimitExceeded(
             f"a request body may have {max_body_bytes} bytes (max_body_bytes); got {length}. Send "
-            "smaller batches, or raise the limit on the server"
+            "smaller batches, or raise the limit on the server (EAGLE3_MAX_BODY_BYTES)"
         )
     record = record_of(request)
     record.held.enter_context(budget.reserve(record.client, int(length)))
+    record.body_bytes = int(length)
     body = bytearray(int(length))
     received = 0
     async for chunk in request.stream():
@@ -118,6 +118,7 @@ def problem_response(request: Request, exc: Exception) -> Response:
                 f"request id {record.request_id}"
             )
         record.code, status, headers = _status_and_headers(exc)
+        record.detail = exc.detail
         content = _problem(record.code, status, exc.detail, record.request_id)
     return JSONResponse(content, status, headers, PROBLEM_MEDIA_TYPE)
 
@@ -165,12 +166,15 @@ class TokenGuard:
         if (
             scope["type"] == "http"
             and self._tokens
-            and scope["path"] not in (HEALTH_PATH, READY_PATH)
+            and scope["path"] not in PROBE_PATHS
             and not self._is_known(Headers(scope=scope).get("authorization", ""))
         ):
+            words = "the bearer token is none of the server's"
+            if "authorization" not in Headers(scope=scope):
+                words = "no bearer token came"
             error = Unauthorized(
-                "expected a bearer token that the server knows; pass it as token= to "
-                "RemoteEagle3Backend (from_env() reads it from EAGLE3_TOKEN)"
+                f"{words}; pass a token that the server knows as token= to RemoteEagle3Backend "
+                "(from_env() reads it from EAGLE3_TOKEN)"
             )
             await problem_response(Request(scope), error)(scope, receive, send)
             return

@@ -28,26 +28,28 @@ class Budget:
         self.in_flight = 0
 
     @contextmanager
-    def reserve(self, client: str, amount: int) -> Iterator[None]:
-        """Hold an amount for the time of a `with` block.
+    def reserve(self, client: str, amount: int, *, own: int = 0) -> Iterator[None]:
+        """Hold an amount for the time of a `with` block; `own` is what the request holds already.
 
         Raises:
             LimitExceeded: more than there is in all.
             QueueFull: more than is free for this client now.
         """
-        if amount > self._total:
+        if amount + own > self._total:
             raise LimitExceeded(
                 f"{self._total} {self._unit} may be in flight ({self._setting}), and this request "
-                f"alone takes {amount}. Send smaller batches, or raise the limit on the server"
+                f"alone takes {amount + own}. Send smaller batches, or raise the limit on the "
+                f"server (EAGLE3_{self._setting.upper()})"
             )
         with self._lock:
             free = self._total - self.in_flight
-            held = self._held[client]
+            held = self._held[client] - own
             if held + amount > free and (held or amount > free):
                 raise QueueFull(
                     f"{self.in_flight} of {self._total} {self._unit} are in flight "
                     f"({self._setting}), {held} of them for this client, and {amount} more do not "
-                    "fit; repeat later, keep fewer requests in flight, or raise the limit",
+                    "fit; repeat later, keep fewer requests in flight, or raise the limit "
+                    f"(EAGLE3_{self._setting.upper()})",
                     retry_after_s=1.0,
                 )
             self.in_flight += amount

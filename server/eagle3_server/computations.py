@@ -14,6 +14,11 @@ from starlette.types import Receive
 from eagle3_schemas.errors import DeadlineExceeded, InvalidRequest
 from eagle3_server.engine import HostTensors
 
+PASSED = (
+    "the deadline the client gave passed before the answer was ready; it asked for too little "
+    "time, or the server has too many clients: raise timeout_s, or add servers"
+)
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -64,6 +69,9 @@ class Computations:
             ClientDisconnect: nobody is there to answer.
             RemoteEagle3Error: what the computation raised.
         """
+        # Else the idle compute thread may have it before the wait finds that it is too late.
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlineExceeded(PASSED)
         key = (identity.token, identity.request_id)
         computation = self._running.get(key)
         if computation is None:
@@ -87,10 +95,7 @@ class Computations:
                 return computation.task.result()
             if left.done():
                 raise ClientDisconnect
-            raise DeadlineExceeded(
-                "the deadline the client gave passed before the answer was ready; it asked for too "
-                "little time, or the server has too many clients: raise timeout_s, or add servers"
-            )
+            raise DeadlineExceeded(PASSED)
         finally:
             left.cancel()
             computation.waiting -= 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from eagle3_schemas.errors import InvalidRequest
 
 _CLIENT_VARIABLES = frozenset({"EAGLE3_URLS"})
 
@@ -18,12 +22,17 @@ class ServerSettings(BaseSettings):
     A field `name` is also read from the environment variable `EAGLE3_NAME`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="EAGLE3_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="EAGLE3_", frozen=True, extra="forbid", env_ignore_empty=True
+    )
 
     model: str | None = None
     """Hub id, directory of a checkpoint, or path of a .gguf file. Everybody who runs `serve`."""
     revision: str | None = None
     """Hub branch, tag or commit. Who wants a run to be repeatable from a hub id."""
+    model_name: str | None = None
+    """Name told to trainers, part of the fingerprint; default the hub id, or the file's or
+    directory's name. Who serves one target from differently named directories."""
     host: str = "127.0.0.1"
     """Address to listen on. Who serves trainers on other hosts: 0.0.0.0, with a token."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8001
@@ -98,15 +107,32 @@ class ServerSettings(BaseSettings):
         return value
 
     def tokens(self) -> tuple[str, ...]:
-        """Return the accepted bearer tokens; none means that no token is asked for."""
-        value = self.token.get_secret_value() if self.token else ""
-        parts = value.split(",")
+        """Return the accepted bearer tokens; none means that no token is asked for.
+
+        Raises:
+            InvalidRequest: one that no client can send; the message does not tell it.
+            OSError, UnicodeDecodeError: the file cannot be read.
+        """
+        parts = (self.token.get_secret_value() if self.token else "").split(",")
         if self.token_file is not None:
-            parts += self.token_file.read_text(encoding="utf-8").splitlines()
-        return tuple(part.strip() for part in parts if part.strip())
+            lines = self.token_file.read_text(encoding="utf-8").splitlines()
+            parts += [line for line in lines if not line.lstrip().startswith("#")]
+        tokens = tuple(part.strip() for part in parts if part.strip())
+        if any(re.fullmatch(r"[!-+\--~]+", token) is None for token in tokens):
+            raise InvalidRequest(
+                "a token must be printable ASCII without spaces or commas, and one of those set is "
+                "not; in a file, write one a line (# begins a comment)"
+            )
+        return tokens
 
 
 def unknown_variables(names: Iterable[str]) -> list[str]:
     """Return the `EAGLE3_*` names no setting reads: a misspelt variable must not be ignored."""
     known = {f"EAGLE3_{name.upper()}" for name in ServerSettings.model_fields} | _CLIENT_VARIABLES
     return sorted(name for name in names if name.startswith("EAGLE3_") and name not in known)
+
+
+def nearest_variable(name: str) -> str:
+    """Return the variable most like a misspelt one."""
+    known = [f"EAGLE3_{each.upper()}" for each in ServerSettings.model_fields]
+    return difflib.get_close_matches(name, known, 1, 0.0)[0]

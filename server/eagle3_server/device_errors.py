@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import gc
+import re
 
 import torch
 
+# DefaultCPUAllocator raises a plain RuntimeError; so do CUDA's libraries and its driver.
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|_ALLOC_FAILED|memory allocation")
+# What a library does not support, or finds wrong in its arguments, leaves the device as it was.
+_HARMLESS = re.compile(r"_STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM)")
 _LOST = ("CUDA error", "HIP error", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS")
-_CPU_OUT_OF_MEMORY = "can't allocate memory"  # DefaultCPUAllocator raises a plain RuntimeError
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a forward failed for lack of memory, which the next may have."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and _CPU_OUT_OF_MEMORY in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def is_fatal(error: BaseException) -> bool:
     """Whether the device is lost to this process: every later call would fail too."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or _HARMLESS.search(str(error)):
         return False
     accelerator_error = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
     return isinstance(error, accelerator_error) or (

@@ -36,6 +36,12 @@ class TargetDescription:
     head_reason: str | None
     encodings: tuple[EncodingName, ...]
     transform: LogitsTransform  # what follows the head, for who applies its rows
+    quantization: str | None = None
+    tokenizer_digest: str | None = None
+    packing: Literal["masked", "documents"] | None = None
+    packing_reason: str | None = None
+    config_digest: str | None = None
+    weights_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class SupervisionJob:
     rows: Rows
     aux_dtype: AuxDtype
     exact: bool
+    seq_lens: torch.Tensor | None = None  # int64 [B, max_docs], of packed rows
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class Target(Protocol):
 
         Raises:
             TargetFailed: non-finite values, or the forward failed.
+            PackingUnsupported: packed rows that cannot be computed as asked for.
         """
 
     def input_embeddings(self) -> DeviceTensors:

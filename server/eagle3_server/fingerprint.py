@@ -29,18 +29,40 @@ def _config_text(model: nn.Module) -> str:
     return json.dumps(cleaned(to_dict()), sort_keys=True, default=str)
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Digest a model's config, and names, shapes, dtypes and 64 KiB of every tensor of its state.
+def target_fingerprint(**identity: str | int | None) -> str:
+    """Digest everything that makes a target another one; 32 hex digits."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(b"eagle3-target-v1\0" + text.encode()).hexdigest()[:32]
 
-    The config decides as much as the weights do: rotary base, norm epsilon, softcap. The bytes are
-    taken at an offset fixed by the tensor's name and size, so that equal models agree wherever they
-    lie, and reading an 8B costs a few megabytes of copies.
+
+def config_digest(model: nn.Module) -> str:
+    """Digest a model's config, which decides as much as its weights do; 32 hex digits.
+
+    Rotary base, norm epsilon, softcap: all but where the checkpoint lay and who saved it.
+    """
+    text = _config_text(model).encode()
+    return hashlib.sha256(b"eagle3-config-v1\0" + text).hexdigest()[:32]
+
+
+def quantization_of(model: nn.Module) -> str | None:
+    """Return the method by which the checkpoint's weights are quantized, or None."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    return str(getattr(method, "value", method))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest names, shapes, dtypes and 64 KiB of every tensor of a model's state.
+
+    The bytes are taken at an offset fixed by the tensor's name and size, so that equal models agree
+    wherever they lie, and reading an 8B costs a few megabytes of copies.
 
     Returns:
         32 hex digits.
     """
-    digest = hashlib.sha256(b"eagle3-fingerprint-v1\0")
-    digest.update(_config_text(model).encode())
+    digest = hashlib.sha256(b"eagle3-weights-v1\0")
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{list(tensor.shape)}\0{tensor.dtype}\0".encode())
         data = flat_bytes(tensor.detach())

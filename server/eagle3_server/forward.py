@@ -77,7 +77,11 @@ class ForwardResult:
 
 
 def forward_logits(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: Any,
+    *,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the model once under `no_grad`, without a cache, and return its logits.
 
@@ -86,16 +90,18 @@ def forward_logits(
     Args:
         model: a causal LM in eval mode; Hugging Face's, or one that returns the logits tensor.
         input_ids: [B, T] integer, on the model's device.
-        attention_mask: [B, T], non-zero where attended, any dtype.
+        attention_mask: [B, T], non-zero where attended, any dtype; or, with `position_ids`, what
+            the model itself takes for one.
+        position_ids: [B, T], of packed rows only: else the model counts them.
     """
     reset_rotary(model)
+    if position_ids is None:
+        # One dtype for all callers: an equal mask must give equal bits.
+        taken = {"attention_mask": attention_mask.ne(0).long()}
+    else:
+        taken = {"attention_mask": attention_mask, "position_ids": position_ids}
     with torch.no_grad():
-        output = model(
-            input_ids=input_ids,
-            # One dtype for all callers: an equal mask must give equal bits.
-            attention_mask=attention_mask.ne(0).long(),
-            **_flags(model),
-        )
+        output = model(input_ids=input_ids, **taken, **_flags(model))
     logits: torch.Tensor = output.logits if hasattr(output, "logits") else output
     return logits
 
@@ -103,9 +109,11 @@ def forward_logits(
 def forward_with_aux(
     model: nn.Module,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: Any,
     aux_layer_ids: Sequence[int],
     head_to_cut: nn.Module | None = None,
+    *,
+    position_ids: torch.Tensor | None = None,
 ) -> ForwardResult:
     """Run the target once, as `forward_logits`, and catch its aux layers.
 
@@ -115,6 +123,7 @@ def forward_with_aux(
         attention_mask: as in `forward_logits`.
         aux_layer_ids: validated layer ids.
         head_to_cut: the output embeddings, to compute one row of logits only.
+        position_ids: as in `forward_logits`.
 
     Raises:
         RuntimeError: the forward did not pass through every aux layer.
@@ -124,7 +133,7 @@ def forward_with_aux(
     with capture_layers(model, aux_layer_ids) as captured, ExitStack() as stack:
         if head_to_cut is not None:
             head_inputs = stack.enter_context(cut_head(head_to_cut))
-        logits = forward_logits(model, input_ids, attention_mask)
+        logits = forward_logits(model, input_ids, attention_mask, position_ids=position_ids)
     missing = [i for i in aux_layer_ids if i not in captured]
     if missing:
         raise RuntimeError(f"the forward did not pass through decoder layers {missing}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import ipaddress
+import logging
 import os
+import resource
 import socket
 import stat
 from collections.abc import Iterator
@@ -13,6 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eagle3_schemas.errors import InvalidRequest
+
+_OTHER_FILES = 64  # libraries, the checkpoint, pipes, listeners
+
+logger = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
@@ -112,3 +118,22 @@ def _remove_if_dead(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as probe:
         if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
             path.unlink(missing_ok=True)
+
+
+def allow_open_files(connections: int) -> None:
+    """Let the process open as many files as so many connections need, or say what to do.
+
+    The kernel resets what comes over its limit, before any word of ours.
+    """
+    needed = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < needed:
+            logger.warning(
+                "this process may open %d files, too few for max_connections=%d: some may be "
+                "reset without a word. Raise the limit (ulimit -n, LimitNOFILE=) to %d, or lower "
+                "EAGLE3_MAX_CONNECTIONS",
+                soft, connections, needed,
+            )  # fmt: skip

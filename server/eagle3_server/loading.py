@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from eagle3_schemas import tokenizer_digest
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
 from eagle3_server.transformers_target import TransformersTarget
+
+logger = logging.getLogger(__name__)
 
 
 def load_target(settings: ServerSettings) -> TransformersTarget:
@@ -71,11 +75,24 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
     return TransformersTarget(
         model.to(device),
         # A directory's name, not its path: paths of the server's disk are nobody's business.
-        model_id=Path(settings.model).name if Path(settings.model).exists() else settings.model,
+        model_id=settings.model_name
+        or (Path(settings.model).name if Path(settings.model).exists() else settings.model),
         revision=settings.revision,
+        tokenizer_digest=_tokenizer_digest(source, **where, **extra),
         aux_layer_ids=settings.aux_layer_ids,
         head_chunk_bytes=settings.head_chunk_bytes,
     )
+
+
+def _tokenizer_digest(source: str, **where: Any) -> str | None:
+    """Digest the checkpoint's tokenizer, if it has one; the target itself needs none."""
+    where.pop("attn_implementation", None)
+    try:
+        return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))
+    except Exception as exc:  # no such files, an unknown class, a missing package: all in words
+        reason = str(exc).strip().partition("\n")[0]
+        logger.info("no tokenizer found, so trainers cannot compare theirs: %.200s", reason)
+        return None
 
 
 def _auto_class(config: object) -> Any:

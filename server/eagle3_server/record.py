@@ -55,7 +55,11 @@ class RequestRecord:
     """`time.monotonic()` after which nobody wants the answer."""
     arrived: float = field(default_factory=time.monotonic)
     code: str = "ok"
+    detail: str = ""
+    """Words of the error it was answered with."""
     bytes_received: int = 0
+    body_bytes: int = 0
+    """Announced for its body, and reserved."""
     bytes_sent: int = 0
     is_service: bool = False
     """Whether it asks for the target's work, rather than about the server."""
@@ -81,15 +85,20 @@ class RequestRecord:
             client = scope["client"][0] if scope.get("client") else "unix"
         record = cls(request_id, client, None, is_service=scope["path"] == SUPERVISION_PATH)
         remaining = headers.get(DEADLINE_HEADER, "")
-        if remaining.isascii() and remaining.isdigit():
+        if remaining.isascii() and remaining.isdigit() and len(remaining) < 16:
             # Milliseconds left rather than a time of day: the two hosts' clocks need not agree.
-            record.deadline = record.arrived + int(remaining[:12]) / 1000
+            record.deadline = record.arrived + int(remaining) / 1000
         scope.setdefault("state", {})["record"] = record
         return record
 
     def spent(self, stage: str, seconds: float) -> None:
         """Add to a stage's time."""
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+    def server_timing(self) -> str:
+        """Return the time up to now as a `server-timing` header: the stages', and the total."""
+        stages = self.stages | {"total": time.monotonic() - self.arrived}
+        return ", ".join(f"{name};dur={1000 * spent:.3f}" for name, spent in stages.items())
 
     def summary(self, path: str, status: int) -> dict[str, object]:
         """Return what the log says of the request."""
@@ -105,6 +114,8 @@ class RequestRecord:
         if self.tokens is not None:
             fields |= {f"tokens_{kind}": count for kind, count in asdict(self.tokens).items()}
         fields |= {f"{stage}_ms": round(1000 * spent, 1) for stage, spent in self.stages.items()}
+        if self.detail:
+            fields["detail"] = self.detail
         fields["total_ms"] = round(1000 * (time.monotonic() - self.arrived), 1)
         return fields
 

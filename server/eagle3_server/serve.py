@@ -13,15 +13,24 @@ import sys
 import time
 from types import FrameType
 
+import torch
 import transformers
 import uvicorn
 
 from eagle3_schemas.errors import InvalidRequest
+from eagle3_server.allocator import give_back_freed_memory, keep_freed_memory
 from eagle3_server.app import create_app
-from eagle3_server.config import ServerSettings, unknown_variables
+from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
 from eagle3_server.engine import TargetDescription
 from eagle3_server.http_protocol import bounded
-from eagle3_server.listening import hold_unix, is_loopback, listen_tcp, listen_unix, remove_unix
+from eagle3_server.listening import (
+    allow_open_files,
+    hold_unix,
+    is_loopback,
+    listen_tcp,
+    listen_unix,
+    remove_unix,
+)
 from eagle3_server.loading import load_target
 from eagle3_server.logs import set_up_logging
 from eagle3_server.service import Service
@@ -41,6 +50,8 @@ def serve(settings: ServerSettings) -> int:
     """
     _check(settings)
     set_up_logging(settings.log_format)
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        keep_freed_memory()
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     failures: list[BaseException] = []
@@ -48,23 +59,27 @@ def serve(settings: ServerSettings) -> int:
     def load() -> TransformersTarget:
         started = time.monotonic()
         target = load_target(settings)
+        give_back_freed_memory()
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
-        logger.info("ready: trainers use %s", " or ".join(urls))
+        logger.info("warming up")
         return target
+
+    def announce() -> None:
+        logger.info("ready: trainers use %s", " or ".join(urls))
 
     def stop(error: BaseException) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(load, settings, on_failure=stop)
+    app = create_app(load, settings, on_failure=stop, on_ready=announce)
     # Both are faster than what uvicorn falls back to without a word where they are missing.
-    on_windows = sys.platform == "win32"
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=bounded(settings),
-        loop="asyncio" if on_windows else "uvloop",
+        http=bounded(settings, app.state.service.telemetry.refused_connection),
+        loop="eagle3_server.loop:Loop",
+        proxy_headers=False,  # who asks is who connected
         timeout_keep_alive=_KEEP_ALIVE_S,
         access_log=False,
         log_config=None,
@@ -74,9 +89,14 @@ def serve(settings: ServerSettings) -> int:
         ssl_keyfile=settings.tls_key,
     )
     server = _Server(config, app.state.service, settings.drain_delay_s)
+    app.state.service.telemetry.gauge(
+        "eagle3_connections", "Open connections", lambda: len(server.server_state.connections)
+    )
+    allow_open_files(settings.max_connections)
     listeners = [listen_tcp(settings.host, settings.port)]
     host = socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
     scheme = "http" if settings.tls_certificate is None else "https"
+    host = f"[{host}]" if ":" in host else host
     urls = [f"{scheme}://{host}:{listeners[0].getsockname()[1]}"]
     if settings.unix_socket is not None:
         listeners.append(listen_unix(settings.unix_socket))
@@ -160,7 +180,7 @@ def _check(settings: ServerSettings) -> None:
     if unknown:
         raise InvalidRequest(
             f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
-            "see `eagle3-remote serve --help`, and unset or correct them"
+            f"unset or correct them (nearest: {', '.join(map(nearest_variable, unknown))})"
         )
     try:
         has_tokens = bool(settings.tokens())

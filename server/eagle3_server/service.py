@@ -7,29 +7,34 @@ import hashlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from importlib.metadata import version
+from typing import TypeVar
 
 import torch
 from starlette.requests import Request
 
-from eagle3_schemas import AUX_LAYER_CONVENTION, ModelInfo
-from eagle3_schemas.errors import NotReady, TargetOutOfMemory
+from eagle3_schemas import ModelInfo
+from eagle3_schemas.errors import DeadlineExceeded, NotReady, TargetOutOfMemory
 from eagle3_schemas.messages import Limits, ServerStatus
 from eagle3_server.budget import Budget
-from eagle3_server.computations import Computations, Identity
+from eagle3_server.computations import PASSED, Computations, Identity
 from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
 from eagle3_server.device_errors import free_memory, is_fatal, is_out_of_memory
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
+from eagle3_server.model_info import model_info
 from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
 from eagle3_server.telemetry import Telemetry
 from eagle3_server.vocab import DraftVocabRegistry
+from eagle3_server.warm_up import WarmUp, warm_up
 
-_CLOSE_S = 5.0
+_CLOSE_S = 1.0
 _UNCOPIED_RESULTS = 2  # one being copied and one just computed: bounds the device memory they take
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +63,13 @@ class Service:
             self._load = target
         else:
             self._target = target
+        self._warmed = WarmUp(settings.max_tokens_per_request, deterministic=None)
         self._not_ready_reason = "the target is loading; repeat later"
         self._on_failure: Callable[[BaseException], None] | None = None
         self._is_admitting = True
         self._computations = Computations()
         self.telemetry = Telemetry()
+        self.instance = uuid.uuid4().hex
         self.tokens = Budget(settings.max_tokens_in_flight, "tokens", "max_tokens_in_flight")
         self.bytes = Budget(settings.max_bytes_in_flight, "bytes", "max_bytes_in_flight")
         self.draft_vocabs = DraftVocabRegistry(settings.max_draft_vocabs)
@@ -76,17 +83,27 @@ class Service:
         ):
             self.telemetry.gauge(name, text, value)
 
-    def start(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
-        """Begin loading on the compute thread, if there is anything to load; returns at once."""
+    def start(
+        self,
+        on_failure: Callable[[BaseException], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
+        """Begin to load and warm up on the compute thread, if there is need; returns at once."""
         load, self._on_failure = self._load, on_failure
         if load is None:
             return
 
         def run() -> None:
             try:
-                self._target = load()
+                target = load()
+                self._warmed = warm_up(target, self._settings.max_tokens_per_request)
+                self._target = target
+                if on_ready is not None:
+                    on_ready()
             except BaseException as exc:
-                self._not_ready_reason = "the target failed to load; the server's log says why"
+                self._not_ready_reason = (
+                    "the target failed to load or to warm up; the server's log says why"
+                )
                 logger.error("loading failed: %s", exc)
                 if on_failure is None:
                     raise
@@ -105,9 +122,9 @@ class Service:
         Waits neither for loading nor long for work whose client gave it up: see `is_working`.
         """
         self.drain()
-        timeout_s = 0.0 if self._target is None else _CLOSE_S
-        self._compute.close(timeout_s)
-        self._copy.close(timeout_s)
+        ends = time.monotonic() + (0.0 if self._target is None else _CLOSE_S)
+        for stage in (self._compute, self._copy):
+            stage.close(max(ends - time.monotonic(), 0.0))
 
     @property
     def is_working(self) -> bool:
@@ -132,7 +149,8 @@ class Service:
             QueueFull: more than is free now.
         """
         record = record_of(request)
-        record.held.enter_context(self.bytes.reserve(record.client, nbytes))
+        own = record.body_bytes
+        record.held.enter_context(self.bytes.reserve(record.client, nbytes, own=own))
 
     async def compute(
         self, work: Callable[[], DeviceTensors], request: Request, body: bytes | bytearray = b""
@@ -162,6 +180,8 @@ class Service:
         queued = time.monotonic()
 
         def compute() -> Future[HostTensors]:
+            if record.deadline is not None and time.monotonic() >= record.deadline:
+                raise DeadlineExceeded(PASSED)
             record.spent("queue", time.monotonic() - queued)
             return self._compute_one(work, record)
 
@@ -190,7 +210,7 @@ class Service:
         copied.add_done_callback(lambda _: self._uncopied.release())  # also if it is cancelled
         return copied
 
-    def _attempt(self, work: Callable[[], DeviceTensors], request_id: str) -> DeviceTensors:
+    def _attempt(self, work: Callable[[], Result], request_id: str) -> Result:
         """Run work; once more, with all memory freed, if the device had none left.
 
         Raises:
@@ -215,8 +235,8 @@ class Service:
             if is_last:
                 break
         raise TargetOutOfMemory(
-            "the device has not enough memory for this request, with everything else freed. Send "
-            "smaller batches, or lower max_tokens_per_request on the server to refuse them earlier"
+            "there is not enough memory for this request, with everything else freed. Send smaller "
+            "batches, or lower max_tokens_per_request on the server to refuse them earlier"
         )
 
     def _break(self, exc: Exception) -> None:
@@ -235,7 +255,9 @@ class Service:
         started = time.monotonic()
         if self._copier is None:
             self._copier = HostCopier(next(iter(result.tensors.values())).device)
-        copies = self._copier.to_host(result)
+        copier = self._copier
+        # On a GPU the errors of kernels come up here, where the device is waited for.
+        copies = self._attempt(lambda: copier.to_host(result), record.request_id)
         record.spent("copy", time.monotonic() - started)
         return copies
 
@@ -252,53 +274,26 @@ class Service:
 
     def status(self) -> ServerStatus:
         """Return what the server does now."""
-        shares = self.telemetry.bound_by.shares()
-        padding, coverage = self.telemetry.shares()
-        return ServerStatus(
+        return self.telemetry.status(
             state="ready" if self.is_ready else self._not_ready_reason,
-            uptime_s=time.monotonic() - self.telemetry.started,
-            bound_by=max(shares, key=shares.__getitem__),
-            bound_by_shares={name: share for name, share in shares.items()},
             queued_requests=len(self._compute),
             tokens_in_flight=self.tokens.in_flight,
             bytes_in_flight=self.bytes.in_flight,
-            padding_share=padding,
-            draft_vocab_coverage=coverage,
-            clients=self.telemetry.clients(),
-            errors=self.telemetry.errors(),
         )
+
+    @property
+    def deterministic(self) -> bool | None:
+        """Whether the target repeats its bits, as the warm-up found; None if there was none."""
+        return self._warmed.deterministic
 
     def limits(self) -> Limits:
         """Return what one request may hold."""
         return Limits(
-            max_tokens_per_request=self._settings.max_tokens_per_request,
+            max_tokens_per_request=self._warmed.max_tokens_per_request,
             max_sequence_length=self.loaded().describe().max_sequence_length,
             max_body_bytes=self._settings.max_body_bytes,
         )
 
     def model_info(self) -> ModelInfo:
         """Return what is served."""
-        target = self.loaded().describe()
-        return ModelInfo(
-            server_version=version("eagle3-remote"),
-            model_id=target.model_id,
-            revision=target.revision,
-            architecture=target.architecture,
-            fingerprint=target.fingerprint,
-            num_hidden_layers=target.num_hidden_layers,
-            hidden_size=target.hidden_size,
-            vocab_size=target.vocab_size,
-            input_vocab_size=target.input_vocab_size,
-            dtype=target.dtype,
-            device=target.device,
-            device_name=target.device_name,
-            attn_implementation=target.attn_implementation,
-            torch_version=torch.__version__,
-            num_threads=target.num_threads,
-            aux_layer_ids=target.aux_layer_ids,
-            aux_layer_convention=AUX_LAYER_CONVENTION,
-            head=target.head,
-            head_reason=target.head_reason,
-            encodings=target.encodings,
-            limits=self.limits(),
-        )
+        return model_info(self.loaded().describe(), self.limits(), self.deterministic)

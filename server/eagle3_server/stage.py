@@ -80,7 +80,7 @@ class StageThread:
                 raise QueueFull(
                     f"{len(self._queue)} requests wait already, and a client may not have more "
                     f"waiting than places are left of {self._max_queued} (max_queued_requests); "
-                    "repeat later, or raise the limit on the server",
+                    "repeat later, or raise the limit on the server (EAGLE3_MAX_QUEUED_REQUESTS)",
                     retry_after_s=1.0,
                 ) from None
             if self._thread is None:

@@ -10,6 +10,7 @@ import torch
 from eagle3_schemas.draft_head import LogitsTransform
 from eagle3_schemas.encodings import Encoding
 from eagle3_schemas.errors import TargetFailed
+from eagle3_schemas.host_zeros import host_zeros
 from eagle3_schemas.messages import Rows
 
 _ENCODED_ROWS = 64  # encoded at once: bounds the copies of their draft-vocab logits
@@ -157,7 +158,8 @@ def _rows_like(
     head_input = logits[:0] if source.head_input is None else source.head_input(none)
     draft_logits = logits.new_empty(0, draft_vocab_size)
     part = encoding.encode(head_input, draft_logits, source.transform)
-    return part.new_empty(count, part.shape[1])
+    shape = (count, part.shape[1])
+    return host_zeros(shape, part.dtype) if part.device.type == "cpu" else part.new_empty(shape)
 
 
 def _check_finite(rows: torch.Tensor, positions: torch.Tensor, sequence_length: int) -> None:

@@ -16,9 +16,10 @@ from eagle3_schemas import (
     validate_aux_layer_ids,
 )
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_schemas.exchange import refuse_packing
+from eagle3_schemas.packing import check_packing
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.layout import decoder_layers
+from eagle3_server.packing import Packing, find_packing, forward_packed
 
 
 class HFEagle3TargetModel(Eagle3TargetBackend):
@@ -29,7 +30,7 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
     the shared model during a forward.
 
     Args:
-        model: a Hugging Face causal LM on its device; put into eval mode.
+        model: a Hugging Face causal LM on its device; put into eval mode, its parameters frozen.
         aux_layer_ids: three distinct decoder layers whose outputs are captured; the default is
             `[1, L//2 - 1, L - 4]`.
         cp_mesh: must be None; context parallelism is not supported yet.
@@ -53,7 +54,10 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
             if aux_layer_ids is None
             else validate_aux_layer_ids(aux_layer_ids, num_layers)
         )
-        self.model = model.eval()
+        # Frozen, as the served one is: torch takes another matmul for weights that need gradients,
+        # under no_grad too, which may round differently.
+        self.model = model.eval().requires_grad_(False)
+        self._packing: Packing | None = None
 
     def get_input_embeddings(self) -> EmbeddingsLike:
         """Return the target's own input embedding module."""
@@ -72,24 +76,35 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
         """Run the target on one batch; arguments and frame as `Eagle3TargetBackend` says.
 
         All tensors must be on the model's device; so are the results: `aux_hidden_states`
-        [B, T, 3H] in model dtype, `logits` [B, T, V] shifted left.
+        [B, T, 3H] in model dtype, `logits` [B, T, V] shifted left. The first packed batch has the
+        model tried for how it keeps documents apart, in a few tiny forwards.
 
         Raises:
-            PackingUnsupported: `position_ids`, `seq_lens` or `doc_remaining` were given.
-            InvalidRequest: the masks' shapes differ from [B, T].
+            PackingUnsupported: packed rows, B > 1, and FlashAttention.
+            InvalidRequest: the masks' shapes differ from [B, T], or see `check_packing`.
         """
-        refuse_packing(position_ids, seq_lens, doc_remaining)
         for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
             if mask.shape != input_ids.shape or input_ids.ndim != 2:
                 raise InvalidRequest(
                     f"input_ids and {name} must both be [B, T]; got {list(input_ids.shape)} and "
                     f"{list(mask.shape)}"
                 )
-        result = forward_with_aux(self.model, input_ids, attention_mask, self.aux_layer_ids)
+        check_packing(input_ids, attention_mask, position_ids, seq_lens, doc_remaining)
+        if seq_lens is None:
+            result = forward_with_aux(self.model, input_ids, attention_mask, self.aux_layer_ids)
+        else:
+            if self._packing is None:
+                self._packing = find_packing(self.model)
+            result = forward_packed(
+                self.model, self._packing, input_ids, seq_lens.long(), self.aux_layer_ids
+            )  # fmt: skip
         return Eagle3TargetBatch(
             aux_hidden_states=result.aux_hidden_states,
             logits=shift_left_with_zero(result.logits),
             input_ids=shift_left_with_zero(input_ids),
             attention_mask=attention_mask,
             loss_mask=shift_left_with_zero(loss_mask),
+            position_ids=position_ids,
+            seq_lens=seq_lens,
+            doc_remaining=doc_remaining,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -9,11 +10,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from eagle3_schemas.messages import ClientStatus, RecentError
+from eagle3_schemas.messages import ClientStatus, RecentError, ServerStatus
+from eagle3_schemas.protocol import PROBE_PATHS
 from eagle3_server.record import RequestRecord
 
 Bound = Literal["model", "network", "trainers"]
@@ -22,6 +24,9 @@ _STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.
 _MEMORY_S = 60.0
 _CLIENTS = 256
 _REFUSALS = ("limit_exceeded", "queue_full", "not_ready", "deadline_exceeded", "out_of_memory")
+_WARN_EVERY_S = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Telemetry:
         self.registry = CollectorRegistry()
         self.bound_by = BoundBy()
         self.started = time.monotonic()
+        self._next_warning = 0.0
         self._clients: OrderedDict[str, _Client] = OrderedDict()  # the last seen comes last
         self._errors: deque[tuple[float, RequestRecord]] = deque(maxlen=20)
         ProcessCollector(registry=self.registry)
@@ -105,7 +111,7 @@ class Telemetry:
         self._bytes = Counter(
             "eagle3_body_bytes", "Body bytes by direction", ["direction"], registry=self.registry
         )
-        for reason in _REFUSALS:
+        for reason in (*_REFUSALS, "max_connections"):
             self._refused.labels(reason)
         for kind in ("sent", "real", "supervised", "trained"):
             self._tokens.labels(kind)
@@ -137,12 +143,14 @@ class Telemetry:
         self._requests.labels(path, record.code).inc()
         if record.is_service:
             self.bound_by.open(-1)
-        if record.code in _REFUSALS:
+        if record.code in _REFUSALS and path not in PROBE_PATHS:
             self._refused.labels(record.code).inc()
         self._bytes.labels("received").inc(record.bytes_received)
         self._bytes.labels("sent").inc(record.bytes_sent)
         if record.is_service:
             for stage, seconds in record.stages.items():
+                if stage == "send" and record.code != "ok":
+                    continue  # a few words
                 self._stages.labels(stage).observe(seconds)
         if record.tokens is not None:
             for kind in self._totals:
@@ -156,13 +164,47 @@ class Telemetry:
             self._clients[record.client] = client
             if len(self._clients) > _CLIENTS:
                 self._clients.popitem(last=False)
-        if record.code not in ("ok", "client_gone"):
+        # Not what a stranger or a probe can fill it with.
+        is_known = path not in (*PROBE_PATHS, "unknown")
+        if record.code not in ("ok", "client_gone", "unauthorized") and is_known:
             self._errors.append((time.monotonic(), record))
 
     def shares(self) -> tuple[float, float]:
-        """Return the share of padding, and of the supervised positions that are trained on."""
+        """Return the share of padding, and of the supervised positions that are trained on.
+
+        NaN where there were none.
+        """
         sent, real, supervised, trained = self._totals.values()
-        return 1 - real / sent if sent else 0.0, trained / supervised if supervised else 0.0
+        return (
+            1 - real / sent if sent else math.nan,
+            trained / supervised if supervised else math.nan,
+        )
+
+    def refused_connection(self) -> None:
+        """Count a connection over the limit; the log has a line a minute."""
+        self._refused.labels("max_connections").inc()
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + _WARN_EVERY_S
+            logger.warning(
+                "connections are refused: all of max_connections have a request under way "
+                "(EAGLE3_MAX_CONNECTIONS)"
+            )
+
+    def status(self, **now: Any) -> ServerStatus:
+        """Return `ServerStatus`; `now` is what the service knows of it."""
+        shares = self.bound_by.shares()
+        padding, coverage = (None if math.isnan(x) else x for x in self.shares())
+        return ServerStatus(
+            uptime_s=time.monotonic() - self.started,
+            bound_by=max(shares, key=shares.__getitem__),
+            bound_by_shares={name: share for name, share in shares.items()},
+            padding_share=padding,
+            draft_vocab_coverage=coverage,
+            clients=self.clients(),
+            errors=self.errors(),
+            **now,
+        )
 
     def clients(self) -> tuple[ClientStatus, ...]:
         """Return the trainers seen last, latest first."""
@@ -181,6 +223,12 @@ class Telemetry:
         """Return the last errors, latest first."""
         now = time.monotonic()
         return tuple(
-            RecentError(code=record.code, request_id=record.request_id, seconds_ago=now - when)
+            RecentError(
+                code=record.code,
+                detail=record.detail[:300],
+                request_id=record.request_id,
+                client=record.client,
+                seconds_ago=now - when,
+            )
             for when, record in reversed(self._errors)
         )

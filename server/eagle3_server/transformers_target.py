@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from eagle3_schemas import (
+    AUX_LAYER_CONVENTION,
     DraftVocab,
     default_aux_layer_ids,
     shift_left_with_zero,
@@ -21,12 +22,19 @@ from eagle3_schemas.aux_states import encode_aux
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest, TargetFailed
+from eagle3_schemas.protocol import PROTOCOL_VERSION
 from eagle3_schemas.supervision import pack_bits
 from eagle3_server.engine import DeviceTensors, SupervisionJob, TargetDescription
-from eagle3_server.fingerprint import model_fingerprint
+from eagle3_server.fingerprint import (
+    config_digest,
+    quantization_of,
+    target_fingerprint,
+    weights_digest,
+)
 from eagle3_server.forward import ForwardResult, forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
 from eagle3_server.layout import decoder_layers, max_sequence_length, positions_depend_on_length
+from eagle3_server.packing import find_packing, forward_packed
 from eagle3_server.supervise import HeadRows, supervise_rows
 
 _CACHED_DRAFT_VOCABS = 16
@@ -44,6 +52,7 @@ class TransformersTarget:
         model: a causal LM on its device; put into eval mode, its parameters frozen.
         model_id: name shown to clients: a hub id, or a directory's name.
         revision: the hub revision served, or None.
+        tokenizer_digest: of the checkpoint's tokenizer, or None.
         aux_layer_ids: layers used when a request names none; the default is the EAGLE-3 rule, or
             nothing if the target is too shallow for it.
         head_chunk_bytes: memory the full-vocab logits of a chunk of rows may take.
@@ -58,6 +67,7 @@ class TransformersTarget:
         *,
         model_id: str,
         revision: str | None = None,
+        tokenizer_digest: str | None = None,
         aux_layer_ids: Sequence[int] | None = None,
         head_chunk_bytes: int = 64 * 1024 * 1024,
     ) -> None:
@@ -84,18 +94,37 @@ class TransformersTarget:
             head_reason = str(exc)
             logger.warning("the head runs for every position, not for rows alone: %s", exc)
         self._can_trim = not positions_depend_on_length(model)
+        self._packing = find_packing(model)
+        if self._packing.reason is not None:
+            logger.info("packed documents run as rows of their own: %s", self._packing.reason)
         self._full_chunk_rows = max(head_chunk_bytes // (4 * vocab_size), 1)
+        dtype = str(probe.aux_states[0].dtype).removeprefix("torch.")
+        quantization = quantization_of(model)
+        parts = {"config_digest": config_digest(model), "weights_digest": weights_digest(model)}
         self._description = TargetDescription(
             model_id=model_id,
             revision=revision,
             architecture=type(model).__name__,
-            fingerprint=model_fingerprint(model),
+            **parts,
+            fingerprint=target_fingerprint(
+                **parts,
+                model_id=model_id,
+                revision=revision,
+                dtype=dtype,
+                quantization=quantization,
+                tokenizer_digest=tokenizer_digest,
+                vocab_size=vocab_size,
+                aux_layer_convention=AUX_LAYER_CONVENTION,
+                protocol_version=PROTOCOL_VERSION,
+            ),
+            quantization=quantization,
+            tokenizer_digest=tokenizer_digest,
             num_hidden_layers=num_layers,
             hidden_size=probe.aux_states[0].shape[-1],
             vocab_size=vocab_size,
             input_vocab_size=embedding.shape[0],
             max_sequence_length=max_sequence_length(model),
-            dtype=str(probe.aux_states[0].dtype).removeprefix("torch."),
+            dtype=dtype,
             device=str(self._device),
             device_name=_device_name(self._device),
             attn_implementation=getattr(model.config, "_attn_implementation", None),
@@ -109,6 +138,8 @@ class TransformersTarget:
                 else ("probs", "logits")
             ),
             transform=LogitsTransform() if self._head is None else self._head.transform,
+            packing=self._packing.route,
+            packing_reason=self._packing.reason,
         )
 
     def describe(self) -> TargetDescription:
@@ -135,19 +166,21 @@ class TransformersTarget:
     def supervise(self, job: SupervisionJob) -> DeviceTensors:
         """Run the target on one job: one forward, then the head for the rows asked for."""
         columns = job.input_ids.shape[1]
-        if self._can_trim and not job.exact and job.rows != "all":
+        if self._can_trim and not job.exact and job.rows != "all" and job.seq_lens is None:
             columns = _used_columns(job)
         input_ids = job.input_ids[:, :columns].to(self._device)
         attention_mask = job.attention_mask[:, :columns].to(self._device)
         loss_mask = job.loss_mask[:, :columns].to(self._device)
         head = self._rows_head(job)
-        result = forward_with_aux(
-            self._model,
-            input_ids,
-            attention_mask,
-            job.aux_layer_ids,
-            head_to_cut=None if head is None else head.module,
-        )
+        to_cut = None if head is None else head.module
+        layers = job.aux_layer_ids
+        if job.seq_lens is None:
+            result = forward_with_aux(self._model, input_ids, attention_mask, layers, to_cut)
+        else:
+            result = forward_packed(
+                self._model, self._packing if job.exact else self._packing.by_document(),
+                input_ids, job.seq_lens, layers, to_cut,
+            )  # fmt: skip
         attended = result.attended_aux(attention_mask)
         source = self._head_rows(head, result)
         del result  # frees the layers' outputs before the head runs
@@ -181,7 +214,10 @@ class TransformersTarget:
         For `exact`: on a GPU another matmul shape rounds differently, and on the CPU so does one of
         fewer than 16 rows.
         """
-        is_small = job.input_ids.numel() < ROW_MULTIPLE
+        tokens = job.input_ids.numel()
+        if job.seq_lens is not None:
+            tokens = self._packing.fewest_tokens(job.seq_lens)
+        is_small = tokens < ROW_MULTIPLE
         if job.exact and (self._device.type != "cpu" or is_small):
             if job.encoding == "hidden":
                 raise InvalidRequest(

@@ -1,0 +1,286 @@
+"""Packed rows: a forward in which documents that share a row do not see one another.
+
+Two ways. *Masked*: one forward of the packed rows under a block-causal mask, which is what a
+co-located trainer runs. *Documents*: each document is a row of its own, next to others of about its
+length; it needs nothing of the model, and is cheaper where rows hold many documents.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from eagle3_schemas.errors import PackingUnsupported
+from eagle3_schemas.packing import Document, documents_of, restarting_positions
+from eagle3_server.forward import ForwardResult, forward_with_aux
+from eagle3_server.layout import decoder_layers, positions_depend_on_length, text_config
+
+PackingRoute = Literal["masked", "documents"]
+
+_SURPLUS = 1.125  # tokens computed for a token asked for, where documents are padded to one length
+_FEW_TOKENS = 128  # of padding: a forward of its own would cost as much, the weights are read anew
+_SAME = {torch.float32: 1e-4}  # largest relative difference to the document alone
+_UNMOVED = {torch.float32: 1e-5}  # ... and to itself, next to another document
+_SAME_HALF, _UNMOVED_HALF = 2e-2, 2e-3
+_PROBE_LENS = ((7, 12, 5), (9, 15, 0))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a target runs packed rows when it must do as a co-located one does."""
+
+    route: PackingRoute
+    reason: str | None
+    """Why it is not `masked`, or None."""
+    surplus: float = _SURPLUS
+    """Tokens computed for a token asked for, at most, where each document is a row of its own; 1.0
+    pads nothing."""
+
+    def by_document(self) -> Packing:
+        """Return the way that any target can go, and the cheapest."""
+        return replace(self, route="documents")
+
+    def fewest_tokens(self, seq_lens: torch.Tensor) -> int:
+        """Return the size of the smallest forward that packed rows are computed in."""
+        if self.route == "masked":
+            return int(seq_lens.sum())
+        groups = grouped(documents_of(seq_lens), self.surplus)
+        return min(len(group) * group[0].length for group in groups)
+
+
+def forward_packed(
+    model: nn.Module,
+    packing: Packing,
+    input_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    aux_layer_ids: Sequence[int],
+    head_to_cut: nn.Module | None = None,
+) -> ForwardResult:
+    """Run packed rows in either way; see `forward_masked` and `forward_documents`."""
+    if packing.route == "masked":
+        return forward_masked(model, input_ids, seq_lens, aux_layer_ids, head_to_cut)
+    return forward_documents(
+        model,
+        input_ids,
+        seq_lens,
+        aux_layer_ids,
+        head_to_cut,
+        surplus=packing.surplus,
+    )
+
+
+def find_packing(model: nn.Module) -> Packing:
+    """Find whether a block-causal mask keeps this model's documents apart, on a tiny probe.
+
+    Each document must come out as it does alone, in every layer and in the logits, and must not
+    move when another one in its row changes: recurrent layers leak through any mask.
+    """
+    if positions_depend_on_length(model):
+        reason = "its rotary positions change with the length of a row"
+        return Packing("documents", reason, surplus=1.0)
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    config = text_config(model)
+    count = min(weight.shape[0], int(getattr(config, "vocab_size", weight.shape[0])))
+    seq_lens = torch.tensor(_PROBE_LENS)
+    shape = len(_PROBE_LENS), int(seq_lens[0].sum())
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(count, shape, generator=generator)
+    changed = input_ids.clone()
+    changed[0, : _PROBE_LENS[0][0]] = torch.randint(
+        count, (_PROBE_LENS[0][0],), generator=generator
+    )
+    layers = range(len(decoder_layers(model)))
+    try:
+        if _is_flash(model):  # its condition: one row
+            seq_lens, input_ids, changed = seq_lens[:1], input_ids[:1], changed[:1]
+        packed, moved = (
+            forward_masked(model, ids.to(weight.device), seq_lens, layers)
+            for ids in (input_ids, changed)
+        )
+    except PackingUnsupported as exc:
+        return Packing("documents", exc.detail)
+    except Exception as exc:  # whatever a model does with a mask it does not know
+        return Packing("documents", f"its forward fails under a block-causal mask: {exc!r:.200}")
+    alone = forward_documents(model, input_ids.to(weight.device), seq_lens, layers, surplus=1.0)
+    dtype = packed.aux_states[0].dtype
+    error = _largest_difference(alone, packed)
+    if not error <= _SAME.get(dtype, _SAME_HALF):
+        return Packing(
+            "documents", f"packed documents differ from the same alone by {error:.2g} (relative)"
+        )
+    # The documents beside the one that changed; another row is no neighbour.
+    error = _largest_difference(packed, moved, slice(0, 1), slice(_PROBE_LENS[0][0], None))
+    if not error <= _UNMOVED.get(dtype, _UNMOVED_HALF):
+        return Packing("documents", f"a document moves by {error:.2g} when another one changes")
+    return Packing("masked", None)
+
+
+def _largest_difference(
+    first: ForwardResult,
+    second: ForwardResult,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> float:
+    """Return the largest |a - b| / |a| (Frobenius) of a layer or the logits; NaN is the largest."""
+    worst = 0.0
+    pairs = [*zip(first.aux_states, second.aux_states, strict=True), (first.logits, second.logits)]
+    for a, b in pairs:
+        a, b = a[rows, columns].float(), b[rows, columns].float()
+        error = float((a - b).norm() / a.norm().clamp_min(1e-12))
+        worst = error if error != error or error > worst else worst
+    return worst
+
+
+def forward_masked(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    aux_layer_ids: Sequence[int],
+    head_to_cut: nn.Module | None = None,
+) -> ForwardResult:
+    """Run packed rows in one forward, block-causally, each layer's sliding window kept.
+
+    transformers builds the masks, as for its own `generate`: per kind of layer where a model mixes
+    them, and none for FlashAttention, which finds the documents by their positions.
+
+    Args:
+        model: a causal LM for which `find_packing` says `masked`.
+        input_ids: [B, T] on its device.
+        seq_lens: [B, max_docs], checked.
+        aux_layer_ids: as in `forward_with_aux`.
+        head_to_cut: as in `forward_with_aux`.
+
+    Raises:
+        PackingUnsupported: the model takes no position ids, or FlashAttention with several rows.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise PackingUnsupported(f"{type(model).__name__} takes no position_ids")
+    if _is_flash(model) and input_ids.shape[0] != 1:
+        raise PackingUnsupported(
+            "packed rows with FlashAttention must come one a batch, B = 1, where they are to be "
+            f"computed as one forward; got B = {input_ids.shape[0]}. Send one row a batch, serve "
+            "with --attn-implementation sdpa, or drop exact"
+        )
+    positions = restarting_positions(seq_lens.to(input_ids.device), input_ids.shape[1])
+    return forward_with_aux(
+        model,
+        input_ids,
+        _block_causal_masks(model, input_ids, positions),
+        aux_layer_ids,
+        head_to_cut,
+        position_ids=positions,
+    )
+
+
+def _block_causal_masks(model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> Any:
+    """Return what this model takes for a mask: a tensor, a dict by kind of layer, or None."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    build = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    weight: torch.Tensor = next(model.parameters())
+    return build(
+        config=model.config,  # type: ignore[arg-type]
+        # Only its shape, dtype and device are read.
+        inputs_embeds=torch.empty(*input_ids.shape, 0, dtype=weight.dtype, device=input_ids.device),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+
+
+def _is_flash(model: nn.Module) -> bool:
+    return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+
+
+def forward_documents(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    aux_layer_ids: Sequence[int],
+    head_to_cut: nn.Module | None = None,
+    *,
+    surplus: float,
+) -> ForwardResult:
+    """Run each packed document as a row of its own; the result is laid out as the packed rows.
+
+    Padding at a document's end is computed as tokens are, as it is in the masked way: nothing
+    before it can tell.
+
+    Args:
+        model: a causal LM.
+        input_ids: [B, T] on its device.
+        seq_lens: [B, max_docs], checked.
+        aux_layer_ids: as in `forward_with_aux`.
+        head_to_cut: as in `forward_with_aux`; `logits` are then one row of no meaning.
+        surplus: tokens computed for a token asked for, at most; 1.0 pads nothing.
+    """
+    ids, total = input_ids.flatten(), input_ids.numel()
+    states: list[torch.Tensor] = []
+    logits: torch.Tensor | None = None
+    head_input: torch.Tensor | None = None
+    for group in grouped(documents_of(seq_lens), surplus):
+        places, is_real = _places(group, input_ids.shape[1], input_ids.device)
+        result = forward_with_aux(model, ids[places], is_real, aux_layer_ids, head_to_cut)
+        source, target = is_real.flatten(), places[is_real]
+        if not states:
+            states = [_spread(s, total) for s in result.aux_states]
+            logits = result.logits if head_to_cut is not None else _spread(result.logits, total)
+            if result.head_input is not None:
+                head_input = _spread(result.head_input, total)
+        for whole, part in zip(states, result.aux_states, strict=True):
+            whole[target] = part.flatten(0, 1)[source]
+        if head_input is not None and result.head_input is not None:
+            head_input[target] = result.head_input.flatten(0, 1)[source]
+        if head_to_cut is None and logits is not None:
+            logits[target] = result.logits.flatten(0, 1)[source]
+    assert logits is not None
+    shape = tuple(input_ids.shape)
+    return ForwardResult(
+        tuple(whole.view(*shape, -1) for whole in states),
+        logits if head_to_cut is not None else logits.view(*shape, -1),
+        None if head_input is None else head_input.view(*shape, -1),
+    )
+
+
+def _spread(like: torch.Tensor, total: int) -> torch.Tensor:
+    """Return room for `total` rows of [b, t, C]; every one is written, for lengths sum to T."""
+    return like.new_empty(total, like.shape[-1])
+
+
+def _places(
+    group: Sequence[Document], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where a group's tokens lie in the flattened batch [n, longest], and which are real.
+
+    Places beyond a document's end repeat its last.
+    """
+    starts = torch.tensor([each.row * length + each.start for each in group], device=device)
+    lengths = torch.tensor([each.length for each in group], device=device)
+    columns = torch.arange(max(each.length for each in group), device=device)
+    places = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)
+    return places, columns < lengths[:, None]
+
+
+def grouped(documents: Sequence[Document], surplus: float) -> Iterator[list[Document]]:
+    """Split documents into groups of about one length, the longest first.
+
+    A group's tokens are at most `surplus` times its real ones, or a few more (unless 1.0).
+    """
+    few = _FEW_TOKENS if surplus > 1.0 else 0
+    group: list[Document] = []
+    real = 0
+    for document in sorted(documents, key=lambda each: -each.length):
+        longest = group[0].length if group else document.length
+        padded = (len(group) + 1) * longest
+        real += document.length
+        if group and padded > max(surplus * real, real + few):
+            yield group
+            group, real = [], document.length
+        group.append(document)
+    if group:
+        yield group
