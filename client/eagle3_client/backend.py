@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import torch
@@ -19,14 +19,22 @@ from eagle3_client.config import (
 )
 from eagle3_client.device import hand_over
 from eagle3_client.dispatch import Dispatcher
+from eagle3_client.draft_config import draft_config
 from eagle3_client.pace import choose_depth
 from eagle3_client.prefetch import Batch, Prefetch
+from eagle3_client.preflight import (
+    DEFAULT_SUPERVISED_SHARE,
+    DEFAULT_TIME_LIMIT_S,
+    run_preflight,
+)
+from eagle3_client.preflight_report import PreflightReport
 from eagle3_client.results import RemoteBatchHandle, TargetEmbeddings
 from eagle3_client.submission import Submission
 from eagle3_schemas import DraftVocab, Eagle3TargetBackend, Eagle3TargetBatch, ModelInfo
 from eagle3_schemas.errors import InvalidRequest, VocabMappingMissing
-from eagle3_schemas.exchange import check_is_dense, refuse_packing
+from eagle3_schemas.exchange import check_is_dense
 from eagle3_schemas.messages import AuxDtype, Rows
+from eagle3_schemas.tokenizer import HasVocab
 
 
 class RemoteEagle3Backend(Eagle3TargetBackend):
@@ -50,7 +58,11 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         timeout_s: seconds without a byte before an attempt is given up and repeated.
         retry_for_s: seconds after which a request that keeps failing raises.
         max_retries: also a limit on the number of repeats; None for none.
+        expect_fingerprint: the only target accepted, as `fingerprint` gave it when a run began.
         max_in_flight: requests sent at once; None is two a server, more for a deeper `prefetch`.
+        cache_dir: folder that keeps the downloaded embeddings and draft heads by the target's
+            fingerprint, for trainers of many ranks on a host, which then download them once, or
+            that start often; only you should be able to write there. None keeps nothing.
         transport: httpx transport to use instead, such as `httpx.HTTPTransport(proxy=…)`.
 
     Raises:
@@ -72,7 +84,9 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry_for_s: float = DEFAULT_RETRY_FOR_S,
         max_retries: int | None = None,
+        expect_fingerprint: str | None = None,
         max_in_flight: int | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._settings = ClientSettings(
@@ -88,9 +102,12 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             timeout_s=timeout_s,
             retry_for_s=retry_for_s,
             max_retries=max_retries,
+            expect_fingerprint=expect_fingerprint,
             max_in_flight=max_in_flight,
+            cache_dir=cache_dir,
         )
         check_device(self._settings.device)
+        self._transport = transport
         self._dispatcher = Dispatcher(self._settings, transport)
         self._lock = threading.Lock()
         self._draft_vocab: DraftVocab | None = None
@@ -145,7 +162,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     @property
     def num_remote_servers(self) -> int:
         """How many requests are accepted in flight; NeMo's recipe caps its prefetch at this."""
-        return self._settings.in_flight
+        return self._dispatcher.in_flight
 
     @property
     def bytes_received(self) -> int:
@@ -160,6 +177,56 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         """
         return self._dispatcher.model_info()
 
+    @property
+    def fingerprint(self) -> str:
+        """Short name of the target, the same for as long as it gives the same supervision.
+
+        Keep it with the checkpoint of a run, and give it as `expect_fingerprint` to resume. Covers
+        name, revision, config, weights, dtype, quantization and tokenizer.
+
+        Raises:
+            RemoteEagle3Error: as `model_info`.
+        """
+        return self.model_info().fingerprint
+
+    def preflight(
+        self,
+        tokenizer: HasVocab | None = None,
+        expect_aux_layer_ids: Sequence[int] | None = None,
+        *,
+        draft_vocab_size: int | None = None,
+        supervised_share: float = DEFAULT_SUPERVISED_SHARE,
+        time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    ) -> PreflightReport:
+        """Check every server before a run, on connections of its own; retries nothing.
+
+        Args:
+            tokenizer: of the trainer, to compare with the served checkpoint's.
+            expect_aux_layer_ids: layer outputs that the draft was, or is to be, trained on.
+            draft_vocab_size: D, for the bytes per token; None is that of the draft vocab set, or
+                else 32000.
+            supervised_share: assumed share of the tokens that are supervised, in (0, 1].
+            time_limit_s: seconds after which what has not answered has failed.
+
+        Returns:
+            A report, whatever failed: see `has_passed`, or print it.
+
+        Raises:
+            InvalidRequest: an argument that cannot work, with what would.
+        """
+        self._dispatcher.check_usable()
+        if draft_vocab_size is None and self._draft_vocab is not None:
+            draft_vocab_size = self._draft_vocab.draft_vocab_size
+        return run_preflight(
+            self._settings,
+            tokenizer=tokenizer,
+            expect_aux_layer_ids=expect_aux_layer_ids,
+            draft_vocab_size=draft_vocab_size,
+            supervised_share=supervised_share,
+            time_limit_s=time_limit_s,
+            transport=self._transport,
+        )
+
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Block until every server's target is loaded, at most `timeout` seconds (`retry_for_s`).
 
@@ -171,7 +238,11 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         )
 
     def get_input_embeddings(self) -> TargetEmbeddings:
-        """Download the target's input embeddings once, and keep them on the device."""
+        """Return the target's input embeddings, downloaded once and kept on the device.
+
+        With a `cache_dir`, at most one process at a time downloads them, and the others read its
+        file. On a terminal, a download of more than 64 MiB shows its progress.
+        """
         self._dispatcher.check_usable()
         with self._lock:
             if self._embeddings is None:
@@ -199,6 +270,23 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         vocab = DraftVocab.from_ids(selected_token_ids, selected_token_mask)
         self._dispatcher.register(vocab, selected_token_mask.numel())
         self._draft_vocab = vocab
+
+    def draft_config(self) -> dict[str, Any]:
+        """Return what must travel with a draft trained here, JSON-able, for its checkpoint.
+
+        Returns:
+            `eagle_aux_hidden_state_layer_ids`: the `aux_layer_ids` as vLLM and speculators name
+            them (layer inputs, ours + 1); `draft_vocab_size`; `draft_vocab_digest` of the ordered
+            ids; `target_hidden_size`; `target_model_id`, `target_revision` (None if unknown) and
+            `target_fingerprint`.
+
+        Raises:
+            VocabMappingMissing: call `set_vocab_mapping` first.
+            InvalidRequest: the backend's `aux_layer_ids` are not three layers of the target.
+        """
+        self._dispatcher.check_usable()
+        vocab = self._vocab()
+        return draft_config(self.model_info(), self._settings.aux_layer_ids, vocab)
 
     def generate_batch(
         self,
@@ -269,7 +357,9 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
             InvalidRequest: `depth` is neither, or above `max_in_flight`; `batches` not iterable.
         """
         self._dispatcher.check_usable()
-        chosen = choose_depth(depth, len(self._settings.urls), self._settings.max_in_flight)
+        chosen = choose_depth(
+            depth, len(self._dispatcher.fleet.members.all), self._settings.max_in_flight
+        )
         allow = self._dispatcher.allow_in_flight
         return Prefetch(self.generate_batch_async, batches, chosen, allow_in_flight=allow)
 
@@ -286,9 +376,13 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
     ) -> Submission:
         """Check and encode a batch on the caller's thread, bound to the mapping current now."""
         self._dispatcher.check_usable()
-        refuse_packing(*packing)
+        vocab = self._vocab()
+        return Submission.build(
+            self._settings, self.model_info(), vocab,
+            input_ids, attention_mask, loss_mask, *packing,
+        )  # fmt: skip
+
+    def _vocab(self) -> DraftVocab:
         if (vocab := self._draft_vocab) is None:
             raise VocabMappingMissing("no draft vocab is set; call set_vocab_mapping first")
-        return Submission.build(
-            self._settings, self.model_info(), vocab, input_ids, attention_mask, loss_mask
-        )
+        return vocab

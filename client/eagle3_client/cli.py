@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from eagle3_schemas.errors import RemoteEagle3Error
+from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 
 app = typer.Typer(
     name="eagle3-remote",
@@ -73,6 +73,9 @@ def serve(
         typer.Option(help="Default aux layers (layer outputs), as 1,14,26 [1, L//2-1, L-4]."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="Name told to trainers [the hub id or directory's name].")
+    ] = None,
     max_tokens_per_request: Annotated[
         int | None, typer.Option(help="Largest B * T of one request [16384].")
     ] = None,
@@ -123,12 +126,80 @@ def serve(
         for error in exc.errors(include_url=False):
             name = ".".join(map(str, error["loc"]))
             got = "a secret" if name == "token" else repr(error["input"])
-            typer.secho(f"setting {name}: {error['msg']}; got {got}", err=True)
+            variable = f"EAGLE3_{name.upper()}"
+            typer.secho(f"setting {name} ({variable}): {error['msg']}; got {got}", err=True)
         raise typer.Exit(2) from exc
     except RemoteEagle3Error as exc:
         typer.secho(str(exc), err=True)
         raise typer.Exit(2) from exc
     raise typer.Exit(code)
+
+
+@app.command()
+def check(
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(help="Servers, as http://host:port; or comma-separated [EAGLE3_URLS]."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id; compared with the served checkpoint's."),
+    ] = None,
+    aux_layer_ids: Annotated[
+        str | None, typer.Option(help="Layer outputs that the draft expects, as 1,14,26.")
+    ] = None,
+    draft_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The draft's config.json instead: its eagle_aux_hidden_state_layer_ids are layer "
+            "inputs, ours + 1."
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Of the trainer, which need not be here; decides the encoding.")
+    ] = "cpu",
+    encoding: Annotated[str, typer.Option(help="auto, probs, logits or hidden.")] = "auto",
+    draft_vocab_size: Annotated[
+        int | None, typer.Option(help="D, for the bytes per token [32000, or V if less].")
+    ] = None,
+    supervised_share: Annotated[
+        float, typer.Option(help="Assumed share of the tokens that are supervised.")
+    ] = 0.6,
+    expect_fingerprint: Annotated[
+        str | None, typer.Option(help="The only target accepted, as an earlier check printed it.")
+    ] = None,
+    time_limit_s: Annotated[
+        float, typer.Option("--time-limit", help="Seconds after which the check ends, whatever.")
+    ] = 60.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Check servers before a run: reachable, the same, as the draft expects, and how fast.
+
+    The token comes from EAGLE3_TOKEN. Exit code 0: nothing failed; 1: something did; 2: an option
+    that cannot work. The servers compute for a few seconds each.
+    """
+    from eagle3_client.check_command import check_servers, render
+
+    try:
+        report = check_servers(
+            urls or (),
+            tokenizer=tokenizer,
+            aux_layer_ids=aux_layer_ids,
+            draft_config=draft_config,
+            device=device,
+            encoding=encoding,
+            draft_vocab_size=draft_vocab_size,
+            supervised_share=supervised_share,
+            expect_fingerprint=expect_fingerprint,
+            time_limit_s=time_limit_s,
+        )
+    except InvalidRequest as exc:
+        typer.secho(str(exc), err=True)
+        raise typer.Exit(2) from exc
+    typer.echo(render(report, as_json=as_json))
+    raise typer.Exit(0 if report.has_passed else 1)
 
 
 def main() -> None:

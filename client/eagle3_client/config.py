@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import NoneType
 from urllib.parse import urlsplit
 
 import torch
@@ -23,7 +25,19 @@ DEFAULT_TIMEOUT_S = 120.0
 UNIX_SCHEME = "unix://"
 
 _MAX_UNIX_PATH_BYTES = 107  # sun_path of Linux, without its final zero
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _TOKEN = re.compile(r"[!-~]*")
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "token": (str, NoneType),
+    "timeout_s": (int, float),
+    "retry_for_s": (int, float),
+    "expect_fingerprint": (str, NoneType),
+    "max_retries": (int, NoneType),
+    "max_in_flight": (int, NoneType),
+    "cache_dir": (str, os.PathLike, NoneType),
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class ClientSettings:
     """Servers of one and the same target: `http://host:port` or `unix:///path/of/socket` each."""
     device: torch.device
     """Where batches are delivered."""
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     """Bearer token. Who talks to a server that asks for one."""
     aux_layer_ids: tuple[int, ...] | None = None
     """Layers captured; None takes the server's. Who trains a draft on other layers."""
@@ -56,18 +70,28 @@ class ClientSettings:
     """Seconds without a byte before an attempt is given up. Who has minutes-long forwards."""
     retry_for_s: float = DEFAULT_RETRY_FOR_S
     """Seconds a request is repeated before it raises. Who wants to fail sooner, or wait longer."""
+    expect_fingerprint: str | None = None
+    """The only target accepted. Who resumes a run, and wants the target it began with."""
     max_retries: int | None = None
     """Also a limit on the number of repeats. Who comes from NeMo AutoModel's client."""
     max_in_flight: int | None = None
     """Requests sent at once; None is two a server. Who prefetches deeper."""
+    cache_dir: str | os.PathLike[str] | None = None
+    """Folder that keeps embeddings and draft heads. Who starts many ranks on a host, or often."""
 
     def __post_init__(self) -> None:
         """Check every value."""
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise InvalidRequest(
+                    f"{name} must be {' or '.join(each.__name__ for each in kinds)}; got "
+                    f"{type(getattr(self, name)).__name__}"
+                )
         if not self.urls:
             raise InvalidRequest("urls must name at least one server, as http://host:port")
         for url in self.urls:
             _check_url(url)
-        if len(set(self.urls)) != len(self.urls):
+        if len({_server_of(url) for url in self.urls}) != len(self.urls):
             raise InvalidRequest(f"each server may be named once; got {list(self.urls)}")
         if self.encoding != "auto" and self.encoding not in ENCODINGS:
             raise InvalidRequest(
@@ -98,19 +122,26 @@ class ClientSettings:
                 "token must be printable ASCII without spaces; the one given is not (perhaps it "
                 "ends with a line break: strip it)"
             )
+        if self.token is not None and "," in self.token:
+            raise InvalidRequest(
+                "token must be one token; got several with commas between, which is how a server "
+                "is given them. Pass one of these"
+            )
         if not 0 < self.timeout_s < 1e7:
             raise InvalidRequest(f"timeout_s must be > 0 and finite, seconds; got {self.timeout_s}")
         if not 0 <= self.retry_for_s < 1e9:
             raise InvalidRequest(f"retry_for_s must be >= 0, seconds; got {self.retry_for_s}")
         if self.max_retries is not None and self.max_retries < 0:
             raise InvalidRequest(f"max_retries must be >= 0 or None; got {self.max_retries}")
+        if self.expect_fingerprint is not None and not _FINGERPRINT.fullmatch(
+            self.expect_fingerprint
+        ):
+            raise InvalidRequest(
+                "expect_fingerprint must be 32 hex digits, as `backend.fingerprint` gives; got "
+                f"{self.expect_fingerprint!r}"
+            )
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise InvalidRequest(f"max_in_flight must be >= 1 or None; got {self.max_in_flight}")
-
-    @property
-    def in_flight(self) -> int:
-        """Requests sent at once."""
-        return self.max_in_flight or 2 * len(self.urls)
 
 
 def _check_url(url: str) -> None:
@@ -134,6 +165,20 @@ def _check_url(url: str) -> None:
             "a URL must be http://host:port, https://host:port (without /v1) or "
             f"unix:///path/of/socket; got {url!r}"
         )
+    if "@" in parts.netloc:
+        raise InvalidRequest(
+            "a URL must not hold a user or a password, which logs and errors would show; pass a "
+            "token (EAGLE3_TOKEN) instead"
+        )
+
+
+def _server_of(url: str) -> tuple[str, str | None, int | None, str]:
+    """Return what a URL names, however it is spelt."""
+    if url.startswith(UNIX_SCHEME):
+        return UNIX_SCHEME, None, None, url
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname, port, parts.path
 
 
 def choose_encoding(settings: ClientSettings, info: ModelInfo) -> str:
@@ -163,4 +208,14 @@ def check_device(device: torch.device) -> None:
 def split_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     """Return one URL, a comma-separated list, or a sequence as a tuple without trailing slashes."""
     parts = urls.split(",") if isinstance(urls, str) else urls
+    if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
+        raise InvalidRequest(
+            f"urls must be a URL, or a list of them, as http://host:port; got {urls!r:.200}"
+        )
     return tuple(part.strip().rstrip("/") for part in parts if part.strip())
+
+
+def client_id() -> str:
+    """Return a name of this trainer process, for the server's queue, log and status."""
+    name = f"{socket.gethostname()[:40]}-{os.environ.get('RANK', '0')[:6]}-{os.getpid()}"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)

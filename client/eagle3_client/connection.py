@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import httpx
 import torch
 from pydantic import ValidationError
 
-from eagle3_client.config import UNIX_SCHEME
-from eagle3_client.http1 import remedy_of_lasting
+from eagle3_client.config import UNIX_SCHEME, client_id
+from eagle3_client.failures import is_refused, problem_error, transport_error
+from eagle3_client.instances import Instances
+from eagle3_client.receiving import Take, fresh, receive
 from eagle3_client.transport import HttpTransport
 from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.errors import (
@@ -23,11 +24,9 @@ from eagle3_schemas.errors import (
     ProtocolMismatch,
     RemoteEagle3Error,
     TransportError,
-    error_from_problem,
 )
 from eagle3_schemas.frame import EncodedFrame, Frame, decode, encode
 from eagle3_schemas.host_buffers import HostBuffers
-from eagle3_schemas.messages import Problem
 from eagle3_schemas.protocol import (
     CLIENT_ID_HEADER,
     DEADLINE_HEADER,
@@ -35,30 +34,32 @@ from eagle3_schemas.protocol import (
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
     FRAME_MEDIA_TYPE,
+    HEALTH_PATH,
+    INSTANCE_HEADER,
     MODEL_PATH,
     PROTOCOL_VERSION,
     READY_PATH,
     REQUEST_ID_HEADER,
+    SERVER_TIMING_HEADER,
     SUPERVISION_PATH,
 )
 from eagle3_schemas.supervision import pack_bits
 from eagle3_schemas.tensors import byte_view
 
 _CONNECT_TIMEOUT_S = 10.0
-_MAX_RESPONSE_BYTES = 1 << 38  # no response is that large; a length that lies must not allocate it
-_MAX_PROBLEM_BYTES = 1 << 16
-
-Take = Callable[[int], torch.Tensor]
+_HEALTH_TIMEOUT_S = 2.0
 
 
-def _fresh(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
+@dataclass(frozen=True)
+class TimedAnswer:
+    """A supervision answer, and what it took."""
 
-
-def _client_id() -> str:
-    """Return a name of this trainer process, for the server's queue, log and status."""
-    name = f"{socket.gethostname()[:40]}-{os.environ.get('RANK', '0')[:6]}-{os.getpid()}"
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    frame: Frame
+    body_bytes: int
+    elapsed_s: float
+    """From the first byte sent to the last one received; not the check of what came."""
+    server_timing: str
+    """The `server-timing` header; empty if there was none."""
 
 
 class Connection:
@@ -68,6 +69,7 @@ class Connection:
 
     Args:
         url: `http://host:port`, `https://host:port` or `unix:///path/of/socket`.
+        address: IP address to use of those the host has; None leaves it to each connect.
         token: bearer token, or None.
         timeout_s: seconds without a byte before an attempt is given up.
         buffers: pool to receive supervision into; None takes fresh memory, which batches may keep.
@@ -81,29 +83,34 @@ class Connection:
         self,
         url: str,
         *,
+        address: str | None = None,
         token: str | None,
         timeout_s: float,
         buffers: HostBuffers | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.url = url
+        self.url = url if address is None else f"{url} [{address}]"
         self.bytes_received = 0
+        self.instances = Instances()
+        """The server's processes, by their answers."""
         self._lock = threading.Lock()
         self._registered: set[str] = set()
-        self._take = _fresh if buffers is None else buffers.take
+        self._token = token
+        self._take = fresh if buffers is None else buffers.take
         self._timeout_s = timeout_s
         self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
-        headers = {"accept-encoding": "identity", CLIENT_ID_HEADER: _client_id()}
+        headers = {"accept-encoding": "identity", CLIENT_ID_HEADER: client_id()}
         if token is not None:
             headers["authorization"] = f"Bearer {token}"
         uds = url.removeprefix(UNIX_SCHEME) if url.startswith(UNIX_SCHEME) else None
         if transport is None:
-            transport = HttpTransport(uds=uds)
+            transport = HttpTransport(uds=uds, address=address)
         elif uds is not None:
             raise InvalidRequest(
                 f"{url} brings its own transport; got another. Drop one of the two, or name the "
                 "socket in yours, as httpx.HTTPTransport(uds=...), and http://localhost as the URL"
             )
+        self._transport = transport
         self._http = httpx.Client(
             base_url="http://localhost" if uds is not None else url,
             headers=headers,
@@ -119,6 +126,31 @@ class Connection:
         With another transport than `HttpTransport` one that waits for a byte may go on waiting.
         """
         self._http.close()
+
+    def interrupt(self) -> None:
+        """Fail the requests under way, so that they are repeated elsewhere; it stays usable.
+
+        With another transport than `HttpTransport` nothing happens.
+        """
+        if isinstance(self._transport, HttpTransport):
+            self._transport.interrupt()
+
+    def has_ended(self, instance: str | None) -> bool | None:
+        """Whether the process of that name is gone; None if nobody can tell.
+
+        It is if another answers in its place, or the host refuses the connection.
+        """
+        try:
+            self._send("GET", HEALTH_PATH, timeout_s=min(_HEALTH_TIMEOUT_S, self._timeout_s))
+        except TransportError as exc:
+            return True if is_refused(exc) else None
+        except RemoteEagle3Error:
+            return None
+        return None if self.instances.is_balanced else self.instances.last != instance
+
+    def check_alive(self, timeout_s: float) -> None:
+        """Raise RemoteEagle3Error unless the server's process answers, whatever its target does."""
+        self._send("GET", HEALTH_PATH, timeout_s=min(timeout_s, self._timeout_s))
 
     def check_ready(self, timeout_s: float) -> None:
         """Raise NotReady unless the server's target is loaded; waits `timeout_s` at most."""
@@ -158,11 +190,27 @@ class Connection:
         """Download a registered draft vocab's head: `weight` [D, H], maybe `bias` [D]."""
         return self._decode(self._send("GET", DRAFT_HEAD_PATH.format(digest=digest)))
 
-    def supervise(self, frame: EncodedFrame, request_id: str) -> Frame:
-        """Send one supervision request and wait for its response."""
+    def supervise(
+        self,
+        frame: EncodedFrame,
+        request_id: str,
+        heard: Callable[[httpx.Headers], None] | None = None,
+    ) -> Frame:
+        """Send one supervision request and wait for its response; `heard` is given its headers."""
         return self._decode(
-            self._send("POST", SUPERVISION_PATH, frame, request_id, take=self._take)
+            self._send("POST", SUPERVISION_PATH, frame, request_id, take=self._take, heard=heard)
         )
+
+    def supervise_timed(self, frame: EncodedFrame, request_id: str) -> TimedAnswer:
+        """Do as `supervise`, and say what it took."""
+        headers: list[httpx.Headers] = []
+        started = time.perf_counter()
+        body = self._send(
+            "POST", SUPERVISION_PATH, frame, request_id, take=self._take, heard=headers.append
+        )
+        elapsed_s = time.perf_counter() - started
+        timing = headers[0].get(SERVER_TIMING_HEADER, "")
+        return TimedAnswer(self._decode(body), body.numel(), elapsed_s, timing)
 
     def ensure_registered(self, vocab: DraftVocab, vocab_size: int) -> None:
         """Register a draft vocab unless this server is known to have it."""
@@ -178,16 +226,19 @@ class Connection:
         with self._lock:
             self._registered.add(vocab.digest)
 
-    def forget_registered(self, digest: str) -> None:
-        """Note that the server no longer has a draft vocab (it restarted, or dropped it)."""
+    def forget_registered(self, digest: str | None = None) -> None:
+        """Note that the server no longer has a draft vocab, or None: any."""
         with self._lock:
-            self._registered.discard(digest)
+            if digest is None:
+                self._registered.clear()
+            self._registered.discard(digest or "")
 
     def _decode(self, body: torch.Tensor) -> Frame:
         try:
             return decode(body)
-        except MalformedPayload as exc:
-            # The server sends valid frames, so the bytes changed on the way: worth a repeat.
+        except (MalformedPayload, ProtocolMismatch) as exc:
+            # The server sends valid frames, of the version it said in its model info, so the bytes
+            # changed on the way: worth a repeat.
             raise TransportError(f"the response is corrupted: {exc.detail}", url=self.url) from exc
 
     def _send(
@@ -197,12 +248,17 @@ class Connection:
         frame: EncodedFrame | None = None,
         request_id: str | None = None,
         timeout_s: float | None = None,
-        take: Take = _fresh,
+        take: Take = fresh,
+        heard: Callable[[httpx.Headers], None] | None = None,
     ) -> torch.Tensor:
-        """Send a request and return the body of a 200 answer as a 1-D uint8 tensor."""
+        """Send a request and return the body of a 200 answer as a 1-D uint8 tensor.
+
+        `heard` is given the headers of that answer before its body is read.
+        """
         timeout = self._timeout if timeout_s is None else timeout_s
         # An answer that has not begun by then comes too late, so the server need not compute it.
-        headers = {DEADLINE_HEADER: str(int(1000 * self._timeout_s))}
+        # A little sooner than it is given up here, so that the server's own words arrive.
+        headers = {DEADLINE_HEADER: str(int(950 * self._timeout_s))}
         if request_id is not None:
             headers[REQUEST_ID_HEADER] = request_id
         content = None
@@ -216,22 +272,18 @@ class Connection:
                 headers=headers,
                 content=content,
                 timeout=timeout,
+                extensions={"may_repeat": path != SUPERVISION_PATH},
             ) as response:
+                self.instances.note(response.headers.get(INSTANCE_HEADER))
                 if response.status_code != 200:
-                    raise self._problem(response)
+                    raise problem_error(response, self.url, hide=self._token)
+                if heard is not None:
+                    heard(response.headers)
                 body = self._receive(response, take)
         except httpx.TransportError as exc:
             if self._http.is_closed:
                 raise RemoteEagle3Error("the backend was closed", url=self.url) from exc
-            lasting = remedy_of_lasting(exc)
-            remedy = lasting or "check that the server runs, and that the URL is right"
-            error = TransportError(
-                f"{type(exc).__name__}: {exc or 'no answer'}; {remedy}",
-                url=self.url,
-                request_id=request_id,
-            )
-            error.is_retryable = lasting is None
-            raise error from exc
+            raise transport_error(exc, self.url, request_id) from exc
         except RuntimeError as exc:
             if not self._http.is_closed:
                 raise
@@ -242,56 +294,4 @@ class Connection:
 
     def _receive(self, response: httpx.Response, take: Take) -> torch.Tensor:
         """Read a body straight into one buffer of its announced length."""
-        length = response.headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()) or int(length[:20]) > _MAX_RESPONSE_BYTES:
-            raise TransportError(
-                f"expected a content-length up to {_MAX_RESPONSE_BYTES}; got {length[:40]!r}",
-                url=self.url,
-            )
-        body = take(int(length))
-        view = byte_view(body)
-        received = 0
-        if (readinto := response.extensions.get("readinto")) is not None:
-            while received < view.nbytes and (count := readinto(view[received:])):
-                received += count
-        else:
-            for chunk in response.iter_raw():
-                if received + len(chunk) > view.nbytes:
-                    raise TransportError(
-                        f"the response is longer than its {length} bytes", url=self.url
-                    )
-                view[received : received + len(chunk)] = chunk
-                received += len(chunk)
-        if received != view.nbytes:
-            raise TransportError(
-                f"expected {length} bytes; the response ended after {received}", url=self.url
-            )
-        return body
-
-    def _problem(self, response: httpx.Response) -> RemoteEagle3Error:
-        """Rebuild the server's error, keeping its words."""
-        text = _text(response)
-        try:
-            problem = Problem.model_validate_json(text)
-        except ValidationError:
-            problem = Problem(detail=text[:500] or response.reason_phrase)
-        error = error_from_problem(
-            problem.code, response.status_code, problem.detail, problem.request_id
-        )
-        error.url = self.url
-        after = response.headers.get("retry-after", "")
-        error.retry_after_s = float(after) if after.isascii() and after.isdigit() else None
-        return error
-
-
-def _text(response: httpx.Response) -> str:
-    """Return the beginning of a body as text: a gateway's may have any length."""
-    body = b""
-    try:
-        for chunk in response.iter_bytes():
-            body += chunk
-            if len(body) > _MAX_PROBLEM_BYTES:
-                break
-    except httpx.DecodingError:  # a gateway's body, compressed though we asked for identity
-        return ""
-    return body.decode(errors="replace")
+        return receive(response, take, self.url)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -12,15 +14,30 @@ import httpx
 import torch
 
 from eagle3_client.config import ClientSettings
+from eagle3_client.daemons import close_at_exit
+from eagle3_client.disk_cache import FrameCache
 from eagle3_client.fleet import Fleet
+from eagle3_client.health import HealthWatch
+from eagle3_client.poison import Losses
 from eagle3_client.results import RemoteBatchHandle
 from eagle3_client.retry import Cancellation, Retrier
 from eagle3_client.submission import Submission
 from eagle3_client.workers import DaemonWorkers
 from eagle3_schemas import DraftVocab, Eagle3TargetBatch, ModelInfo
-from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
+from eagle3_schemas.errors import (
+    InvalidRequest,
+    MalformedPayload,
+    NotReady,
+    ProtocolMismatch,
+    RemoteEagle3Error,
+    TransportError,
+)
+from eagle3_schemas.exchange import Supervision
+from eagle3_schemas.frame import Frame
 
 Result = TypeVar("Result")
+
+_MAX_MALFORMED = 4
 
 
 class Dispatcher:
@@ -33,10 +50,21 @@ class Dispatcher:
 
     def __init__(self, settings: ClientSettings, transport: httpx.BaseTransport | None) -> None:
         self.fleet = Fleet(settings, transport)
+        self._settings = settings
+        self._watch = HealthWatch(self.fleet)
         self._retrier = Retrier(settings.retry_for_s, settings.max_retries)
-        self._workers = DaemonWorkers(settings.in_flight, "eagle3-request")
+        self._workers = DaemonWorkers(
+            settings.max_in_flight or 2 * len(settings.urls), "eagle3-request"
+        )
+        self._cache: FrameCache | None = None
+        if settings.cache_dir is not None:
+            # Who waits for another process is as patient as who downloads.
+            wait_s = max(settings.retry_for_s, settings.timeout_s)
+            self._cache = FrameCache(settings.cache_dir, wait_s)
+        self.fleet.heads.cached = self._cached
         self._is_closed = False
         self._pid = os.getpid()
+        close_at_exit(self)
 
     def check_usable(self) -> None:
         """Raise RemoteEagle3Error if the backend was closed, or built before a fork."""
@@ -56,25 +84,63 @@ class Dispatcher:
 
     def model_info(self) -> ModelInfo:
         """Return what the servers serve; asked once, then kept."""
-        return self.call(self.fleet.model_info, "model info")
+        info = self.call(self.fleet.model_info, "model info")
+        if self.fleet.members.is_watched:
+            self._watch.start()
+            self._workers.grow(self.in_flight)  # a name may stand for more servers than one
+        return info
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent at once: as set, or two a server."""
+        if self._settings.max_in_flight is not None:
+            return self._settings.max_in_flight
+        self.fleet.resolve()
+        return 2 * len(self.fleet.members.all)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Block until every server's target is loaded."""
         deadline = time.monotonic() + timeout_s
-        for connection in self.fleet.connections:
+        self.fleet.resolve()
+        for member in self.fleet.members.all:
             left_s = max(deadline - time.monotonic(), 0.1)
-            check = partial(connection.check_ready, left_s)
-            Retrier(left_s).call(check, f"waiting for {connection.url}")
+            check = partial(member.connection.check_ready, left_s)
+            Retrier(left_s).call(check, f"waiting for {member.connection.url}")
 
     def input_embeddings(self) -> torch.Tensor:
-        """Download the target's input embeddings, [V, H] on the CPU."""
-        connection = self.fleet.connections[0]
-        frame = self.call(connection.input_embeddings, "input embeddings")
-        self.fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
-        return frame.tensors["weight"]
+        """Return the target's input embeddings, [V, H] on the CPU, from the cache or a server.
+
+        Raises:
+            ProtocolMismatch: the answer holds no such matrix.
+        """
+
+        def download() -> Frame:
+            with self.fleet.lend() as connection:
+                frame = connection.input_embeddings()
+            self.fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
+            weight = frame.tensors.get("weight")
+            if weight is None or weight.ndim != 2:
+                raise ProtocolMismatch(
+                    "expected input embeddings as a matrix `weight`; the answer holds "
+                    f"{ ({name: list(t.shape) for name, t in frame.tensors.items()}) }. Check that "
+                    "both sides have the same version",
+                    url=connection.url,
+                )
+            return frame
+
+        def attempt() -> torch.Tensor:
+            return self._cached("input_embeddings", "", download).tensors["weight"]
+
+        return self.call(attempt, "input embeddings")
+
+    def _cached(self, kind: str, name: str, download: Callable[[], Frame]) -> Frame:
+        """Keep what depends on the target and `name` alone on disk, if there is a `cache_dir`."""
+        if self._cache is None:
+            return download()
+        return self._cache.get(kind, f"{self.fleet.model_info().fingerprint} {name}", download)
 
     def register(self, vocab: DraftVocab, mask_size: int) -> None:
-        """Register a draft vocab on every server that is not known to have it.
+        """Register a draft vocab on every server that is well; the others get it when they are.
 
         Raises:
             InvalidRequest: `mask_size`, the length of the caller's mask, is not the target's V.
@@ -85,20 +151,36 @@ class Dispatcher:
                 f"selected_token_mask must be [V] with the target's V = {vocab_size} (the width of "
                 f"its logits); got [{mask_size}]"
             )
-        for connection in self.fleet.connections:
-            self.call(partial(connection.ensure_registered, vocab, vocab_size), "draft vocab")
+
+        def attempt() -> None:
+            with self.fleet.lend() as connection:
+                connection.ensure_registered(vocab, vocab_size)
+
+        self.call(attempt, "draft vocab")  # at one of them, or it raises
+        for connection in self.fleet.usable():
+            with suppress(TransportError, NotReady):
+                connection.ensure_registered(vocab, vocab_size)
 
     def deliver(
         self, submission: Submission, cancellation: Cancellation | None = None
     ) -> Eagle3TargetBatch:
         """Get a submission's supervision here, repeating it on failures that pass."""
         info = self.model_info()
-        supervision = self._retrier.call(
-            lambda: submission.attempt(self.fleet, info),
-            f"request {submission.request_id}",
-            cancellation,
-        )
-        return submission.batch(supervision)
+        losses = Losses(submission.request_id)
+        malformed = itertools.count(1)
+
+        def attempt() -> Supervision:
+            losses.check()
+            try:
+                with self.fleet.lend() as connection, losses.noted(connection):
+                    return submission.attempt(self.fleet, connection, info)
+            except MalformedPayload as exc:
+                # What was sent is well-formed, so it changed on the way; if always, it did not.
+                exc.is_retryable = next(malformed) < _MAX_MALFORMED
+                raise
+
+        what = f"request {submission.request_id}"
+        return submission.batch(self._retrier.call(attempt, what, cancellation))
 
     def submit(self, submission: Submission) -> RemoteBatchHandle:
         """Deliver a submission on a worker thread."""
@@ -115,6 +197,9 @@ class Dispatcher:
         if os.getpid() != self._pid:
             return  # the threads and the TLS sessions are the parent's, and its locks may be held
         self._is_closed = True
+        self._watch.stop()
         self._retrier.close()
+        if self._cache is not None:
+            self._cache.close()
         self._workers.close()
         self.fleet.close()

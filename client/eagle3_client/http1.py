@@ -7,6 +7,7 @@ import io
 import re
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,6 +16,8 @@ import httpx
 
 _MAX_LINE_BYTES = 1 << 18  # of one head, interim ones included; of the chunk sizes of one read
 _CHUNK_BYTES = 1 << 16
+SLOWEST_BYTES_PER_S = 1 << 18
+"""Slower than this, and for longer than the timeout on top, a body counts as not coming."""
 # What OpenSSL calls a peer that speaks no TLS, or none that both sides have: no repeat changes it.
 _LASTING_TLS_FAILURES = frozenset(
     {
@@ -144,6 +147,7 @@ class Body(httpx.SyncByteStream):
     def __init__(self, answer: Answer, release: Callable[[bool], None]) -> None:
         self._answer, self._release, self._is_open = answer, release, True
         self._left = None if answer.chunked else answer.length
+        self._pace = Pace(answer.request, self._left or 0)
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the body in pieces of 64 KiB."""
@@ -167,9 +171,12 @@ class Body(httpx.SyncByteStream):
                     count = answer.readinto(view)
                 else:
                     # Not the answer's own, which lets go of what came behind the body.
-                    count = answer.fp.readinto(view[: self._left])
+                    view, count = view[: self._left], 0
+                    while count < view.nbytes and (more := answer.fp.readinto1(view[count:])):
+                        count += more
+                        self._pace.check(count < view.nbytes)
                     self._left -= count
-                    if self._left and count < view.nbytes:
+                    if count < view.nbytes:
                         raise http.client.IncompleteRead(b"", self._left)
         except BaseException:
             self.close()
@@ -188,6 +195,29 @@ class Body(httpx.SyncByteStream):
         is_reusable = is_whole and answer.is_drained()
         answer.close()
         self._release(is_reusable)
+
+
+class Pace:
+    """Tells when a body that comes byte by byte, each in time, will not come.
+
+    Args:
+        request: whose read timeout it is.
+        nbytes: of the body.
+    """
+
+    def __init__(self, request: httpx.Request, nbytes: int) -> None:
+        timeout_s = request.extensions.get("timeout", {}).get("read")
+        self._ends = None
+        if timeout_s is not None:
+            self._ends = time.monotonic() + timeout_s + nbytes / SLOWEST_BYTES_PER_S
+
+    def check(self, is_missing: bool) -> None:
+        """Raise TimeoutError if some of it `is_missing` and its time is over."""
+        if is_missing and self._ends is not None and time.monotonic() > self._ends:
+            raise TimeoutError(
+                f"the body comes slower than {SLOWEST_BYTES_PER_S >> 10} KiB/s, and the timeout is "
+                "over"
+            )
 
 
 def remedy_of_lasting(exc: httpx.TransportError) -> str | None:

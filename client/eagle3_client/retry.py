@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import threading
@@ -19,6 +20,7 @@ logger = logging.getLogger("eagle3_client")
 
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
+_FIRST_REPORT_S = 2.0  # what passes sooner is no news
 _REPORT_EVERY_S = 15.0
 
 
@@ -77,7 +79,7 @@ class Retrier:
         """Run `attempt`, repeating it on retryable errors.
 
         Waits grow from 0.1 s to 5 s with jitter, or as the server's Retry-After says; a warning
-        every 15 s says what is being waited for.
+        after 2 s and then every 15 s says what is being waited for, and one that it came.
 
         Args:
             attempt: runs at least once, and to its end even when cancelled meanwhile.
@@ -101,27 +103,38 @@ class Retrier:
     def _call(self, attempt: Callable[[], Result], what: str, cancellation: Cancellation) -> Result:
         attempts = 0
         first_failure: float | None = None
-        next_report = _REPORT_EVERY_S
+        next_report = _FIRST_REPORT_S
         while True:
             attempts += 1
             try:
-                return attempt()
+                result = attempt()
+                if first_failure is not None and next_report > _FIRST_REPORT_S:
+                    waited = time.monotonic() - first_failure
+                    logger.warning("%s: done after %.0f s, %d attempts", what, waited, attempts)
+                return result
             except RemoteEagle3Error as error:
-                error.attempts = attempts
                 now = time.monotonic()
                 first_failure = now if first_failure is None else first_failure
                 waited = now - first_failure
+                error.attempts, error.rank = attempts, os.environ.get("RANK")
+                error.waited_s = round(waited, 1) if attempts > 1 else None
                 if (
                     not error.is_retryable
                     or (self._max_retries is not None and attempts > self._max_retries)
                     or cancellation.is_set
                 ):
                     raise
+                asked_s = 0.0
+                if not error.may_go_elsewhere:
+                    asked_s = min(error.retry_after_s or 0.0, _LONGEST_WAIT_S)
+                if waited >= self._retry_for_s or waited + asked_s > self._retry_for_s:
+                    raise
                 pause = min(_FIRST_WAIT_S * 2 ** min(attempts - 1, 16), _LONGEST_WAIT_S)
                 pause *= random.uniform(0.5, 1.0)  # ranks that failed together come back apart
-                pause = max(pause, min(error.retry_after_s or 0.0, _LONGEST_WAIT_S))
-                if waited + pause > self._retry_for_s:
-                    raise
+                pause = max(pause, asked_s)
+                if error.may_go_elsewhere:
+                    pause = 0.0
+                pause = min(pause, self._retry_for_s - waited)  # one more at the end
                 if waited >= next_report:
                     logger.warning(
                         "%s: still retrying after %.0f s and %d attempts (giving up at %.0f s): %s",
@@ -130,7 +143,8 @@ class Retrier:
                     next_report = waited + _REPORT_EVERY_S
                 elif attempts == 1:
                     logger.info("%s: retrying: %s", what, error)
-            cancellation.wait(pause)
+            if pause:
+                cancellation.wait(pause)
             if cancellation.is_set:
                 reason = "the backend was closed" if self._is_closed else "cancelled"
                 raise RemoteEagle3Error(f"{what}: {reason} while retrying")

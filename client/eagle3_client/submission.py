@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
+import httpx
 import torch
 
 from eagle3_client.config import ClientSettings, choose_encoding
@@ -16,6 +17,7 @@ from eagle3_schemas.draft_head import DraftHead
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import (
     InvalidRequest,
+    PackingUnsupported,
     ProtocolMismatch,
     TransportError,
     VocabMappingMissing,
@@ -24,11 +26,14 @@ from eagle3_schemas.exchange import (
     Supervision,
     TokenBatch,
     check_batch_shapes,
+    check_is_dense,
     pack_request,
     unpack_response,
 )
 from eagle3_schemas.frame import EncodedFrame, Frame
 from eagle3_schemas.messages import SupervisionRequest
+from eagle3_schemas.packing import check_packing
+from eagle3_schemas.protocol import INSTANCE_HEADER
 from eagle3_schemas.tensors import DTYPES
 
 
@@ -44,6 +49,7 @@ class Submission:
     input_ids: torch.Tensor  # shifted, on the trainer's device
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor  # shifted
+    packing: dict[str, torch.Tensor | None]  # what describes packed rows, for the trainer
 
     @classmethod
     def build(
@@ -54,17 +60,33 @@ class Submission:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         loss_mask: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        doc_remaining: torch.Tensor | None = None,
     ) -> Submission:
         """Check and encode a batch; it is copied, so the caller may fill its tensors anew.
 
         Raises:
             InvalidRequest: shapes or dtypes that are wrong whatever the target is.
+            PackingUnsupported: packed rows, and the target takes none.
         """
         check_batch_shapes(input_ids, attention_mask, loss_mask)
+        packing = {
+            "position_ids": position_ids, "seq_lens": seq_lens, "doc_remaining": doc_remaining
+        }  # fmt: skip
+        for name, tensor in packing.items():
+            if tensor is not None:
+                check_is_dense(name, tensor)
+        check_packing(input_ids, attention_mask, position_ids, seq_lens, doc_remaining)
+        if seq_lens is not None and info.packing is None:
+            raise PackingUnsupported(
+                f"{info.model_id} takes no packed rows there; send one document per row"
+            )
         sent = TokenBatch(
             input_ids.detach().cpu().long(),
             attention_mask.detach().cpu().ne(0),
             loss_mask.detach().cpu().ne(0),
+            None if seq_lens is None else seq_lens.detach().cpu().long(),
         )
         request, frame = pack_request(
             sent,
@@ -88,6 +110,10 @@ class Submission:
             input_ids=shift_left_with_zero(input_ids.detach()).to(settings.device),
             attention_mask=attention_mask.detach().to(settings.device, copy=True),
             loss_mask=shift_left_with_zero(loss_mask.detach()).to(settings.device),
+            packing={
+                name: None if tensor is None else tensor.detach().to(settings.device, copy=True)
+                for name, tensor in packing.items()
+            },
         )
 
     @property
@@ -95,31 +121,31 @@ class Submission:
         """Id under which both sides log this request."""
         return self.request.request_id
 
-    def attempt(self, fleet: Fleet, info: ModelInfo) -> Supervision:
-        """Send to one server, once; twice if it had forgotten the draft vocab.
+    def attempt(self, fleet: Fleet, connection: Connection, info: ModelInfo) -> Supervision:
+        """Send to a server, once; twice if it had forgotten the draft vocab.
 
         Raises:
             FingerprintMismatch: another target answered.
             ProtocolMismatch: the answer is not of the form asked for.
             RemoteEagle3Error: what the server said, or why there was no answer.
         """
-        with fleet.least_busy() as connection:
+        connection.ensure_registered(self.draft_vocab, info.vocab_size)
+        try:
+            frame, head, instance = self._ask(fleet, connection)
+        except VocabMappingMissing:
+            # It restarted, perhaps with another model, which this draft vocab may not even fit.
+            connection.forget_registered(self.draft_vocab.digest)
+            fleet.check_fingerprint(connection.model_info().fingerprint, connection.url)
             connection.ensure_registered(self.draft_vocab, info.vocab_size)
             try:
-                frame, head = self._ask(fleet, connection)
-            except VocabMappingMissing:
-                # It restarted, perhaps with another model, which this draft vocab may not even fit.
+                frame, head, instance = self._ask(fleet, connection)
+            except VocabMappingMissing as error:
+                # Pushed out again by other trainers' draft vocabs: a later repeat will do.
                 connection.forget_registered(self.draft_vocab.digest)
-                fleet.check_fingerprint(connection.model_info().fingerprint, connection.url)
-                connection.ensure_registered(self.draft_vocab, info.vocab_size)
-                try:
-                    frame, head = self._ask(fleet, connection)
-                except VocabMappingMissing as error:
-                    # Pushed out again by other trainers' draft vocabs: a later repeat will do.
-                    connection.forget_registered(self.draft_vocab.digest)
-                    error.is_retryable = True
-                    raise
+                error.is_retryable = True
+                raise
         fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
+        fleet.check_instance(instance, connection)
         if frame.fields.get("request_id") != self.request_id:
             # Something in between mixed answers up: worth a repeat.
             raise TransportError(
@@ -149,12 +175,20 @@ class Submission:
             ) from exc
         return supervision
 
-    def _ask(self, fleet: Fleet, connection: Connection) -> tuple[Frame, DraftHead | None]:
-        """Send the request; also fetch what decoding its answer needs, if that is not here yet."""
+    def _ask(
+        self, fleet: Fleet, connection: Connection
+    ) -> tuple[Frame, DraftHead | None, str | None]:
+        """Send the request; also fetch what decoding its answer needs, if that is not here yet.
+
+        Returns:
+            The answer, the head, and which process answered.
+        """
         head = None
         if ENCODINGS[self.request.encoding].needs_draft_head:
-            head = fleet.draft_head(self.draft_vocab, connection, self.settings.device)
-        return connection.supervise(self.frame, self.request_id), head
+            head = fleet.heads.get(self.draft_vocab, connection)
+        headers: list[httpx.Headers] = []
+        frame = connection.supervise(self.frame, self.request_id, headers.append)
+        return frame, head, headers[0].get(INSTANCE_HEADER)
 
     def batch(self, supervision: Supervision) -> Eagle3TargetBatch:
         """Join the supervision with the inputs it belongs to.
@@ -179,4 +213,5 @@ class Submission:
             loss_mask=self.loss_mask,
             target_probs=supervision.target_probs,
             position_mask=supervision.position_mask,
+            **self.packing,
         )

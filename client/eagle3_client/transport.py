@@ -25,10 +25,13 @@ class HttpTransport(httpx.BaseTransport):
     It speaks to no proxy and reads no proxy variables: `httpx.HTTPTransport(proxy=...)` does.
 
     A request whose kept connection dies before the answer's first byte is repeated once on a fresh
-    one: a server may close an idle connection at any time.
+    one: a server may close an idle connection at any time. Not with the request's extension
+    `may_repeat` False: it may be the request that ended the server.
 
     Args:
         uds: path of a Unix socket to connect to, whatever host the URL names.
+        address: IP address to connect to, whatever the host resolves to; a certificate is still
+            the host's.
         ssl_context: for https; None is `ssl.create_default_context()`, which trusts the system's
             certificates, or those that SSL_CERT_FILE and SSL_CERT_DIR name.
         max_keepalive_connections: idle connections kept to one host and port.
@@ -38,10 +41,11 @@ class HttpTransport(httpx.BaseTransport):
         self,
         *,
         uds: str | None = None,
+        address: str | None = None,
         ssl_context: ssl.SSLContext | None = None,
         max_keepalive_connections: int = 64,
     ) -> None:
-        self._uds, self._given_ssl_context = uds, ssl_context
+        self._uds, self._address, self._given_ssl_context = uds, address, ssl_context
         self._max_idle = max_keepalive_connections
         self._lock = threading.Lock()  # never held while a socket may block
         self._is_closed = False
@@ -61,8 +65,9 @@ class HttpTransport(httpx.BaseTransport):
             try:
                 return self._exchange(sock, origin, request)
             except Unanswered:
-                if not isinstance(request.stream, httpx.ByteStream):
-                    raise  # its body is spent
+                is_spent = not isinstance(request.stream, httpx.ByteStream)
+                if is_spent or not request.extensions.get("may_repeat", True):
+                    raise
         timeout_s = request.extensions.get("timeout", {}).get("connect")
         with typed(request, httpx.ConnectTimeout, httpx.ConnectError):
             sock = self._connect(origin, timeout_s)
@@ -78,8 +83,12 @@ class HttpTransport(httpx.BaseTransport):
 
         A call that waits in a connect, a write or a read is woken; one that looks up a name is not.
         """
+        self._is_closed = True
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Do once what `close` does: later requests open connections anew."""
         with self._lock:
-            self._is_closed = True
             # Under the lock, or a socket closed meanwhile may have passed its number to another.
             for sock in self._open:
                 with suppress(OSError):
@@ -127,7 +136,7 @@ class HttpTransport(httpx.BaseTransport):
         if self._uds is not None:
             addresses = [(socket.AF_UNIX, self._uds)]
         else:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = socket.getaddrinfo(self._address or host, port, type=socket.SOCK_STREAM)
             addresses = [(family, address) for family, _, _, _, address in found]
         failure = OSError(f"{host!r} has no address")
         for family, address in addresses:

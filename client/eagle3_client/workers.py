@@ -9,6 +9,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from eagle3_client.daemons import start_daemon
 from eagle3_schemas.errors import RemoteEagle3Error
 
 Result = TypeVar("Result")
@@ -40,9 +41,7 @@ class DaemonWorkers:
                 raise RemoteEagle3Error("the backend was closed; build a new one")
             self._queue.put((future, work))
             if len(self._threads) < self._count:
-                thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._threads.append(start_daemon(self._loop, name=self._name))
         return future
 
     def grow(self, count: int) -> None:

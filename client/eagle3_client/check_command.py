@@ -1,0 +1,156 @@
+"""`eagle3-remote check`: the command line of a preflight, apart from its options."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from eagle3_client.config import ClientSettings, split_urls
+from eagle3_client.preflight import run_preflight
+from eagle3_client.preflight_report import PreflightReport
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.tokenizer import HasVocab
+
+_IDS_KEY = "eagle_aux_hidden_state_layer_ids"
+_NO_TTY_WIDTH = 80
+
+
+def check_servers(
+    urls: Sequence[str],
+    *,
+    tokenizer: str | None,
+    aux_layer_ids: str | None,
+    draft_config: Path | None,
+    device: str,
+    encoding: str,
+    draft_vocab_size: int | None,
+    supervised_share: float,
+    expect_fingerprint: str | None,
+    time_limit_s: float,
+) -> PreflightReport:
+    """Run a preflight as the command's options say; URLs and token may come from the environment.
+
+    Raises:
+        InvalidRequest: an option that cannot work, with what would.
+    """
+    named = ",".join(urls) or os.environ.get("EAGLE3_URLS", "")
+    if not split_urls(named):
+        raise InvalidRequest("name a server, as http://host:port, or set EAGLE3_URLS")
+    if aux_layer_ids is not None and draft_config is not None:
+        raise InvalidRequest("give --aux-layer-ids or --draft-config, not both")
+    expected = None
+    if aux_layer_ids is not None:
+        expected = _split_ids(aux_layer_ids)
+    elif draft_config is not None:
+        config = read_draft_config(draft_config)
+        expected = config.aux_layer_ids
+        expect_fingerprint = expect_fingerprint or config.fingerprint
+        draft_vocab_size = draft_vocab_size or config.draft_vocab_size
+    try:
+        torch_device = torch.device(device)
+    except RuntimeError as exc:
+        raise InvalidRequest(f"--device must be cpu, cuda or cuda:0; got {device!r}") from exc
+    settings = ClientSettings(
+        urls=split_urls(named),
+        device=torch_device,
+        token=os.environ.get("EAGLE3_TOKEN") or None,
+        encoding=encoding,
+        expect_fingerprint=expect_fingerprint,
+    )
+    return run_preflight(
+        settings,
+        tokenizer=None if tokenizer is None else load_tokenizer(tokenizer),
+        expect_aux_layer_ids=expected,
+        draft_vocab_size=draft_vocab_size,
+        supervised_share=supervised_share,
+        time_limit_s=time_limit_s,
+    )
+
+
+def render(report: PreflightReport, *, as_json: bool) -> str:
+    """Return the report as one JSON document, or as lines that fit the terminal."""
+    if as_json:
+        return json.dumps(report.to_dict(), indent=2)
+    width = _NO_TTY_WIDTH
+    if sys.stdout.isatty():
+        width = min(max(shutil.get_terminal_size((_NO_TTY_WIDTH, 24)).columns, 60), 120)
+    encoding = sys.stdout.encoding or "utf-8"
+    return report.to_text(width).encode(encoding, "replace").decode(encoding)
+
+
+class DraftConfig(NamedTuple):
+    """What a draft's config says of the target it is for."""
+
+    aux_layer_ids: tuple[int, ...]
+    """Layer outputs; the file names layer inputs, ours + 1."""
+    fingerprint: str | None
+    draft_vocab_size: int | None
+
+
+def read_draft_config(path: Path) -> DraftConfig:
+    """Read a draft's config: `backend.draft_config()`'s, or a serving engine's.
+
+    Raises:
+        InvalidRequest: not such a file.
+    """
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise InvalidRequest(f"--draft-config {path} cannot be read as JSON: {exc}") from exc
+    fields = fields if isinstance(fields, dict) else {}
+    nested = fields.get("eagle_config")
+    for place in (fields, nested if isinstance(nested, dict) else {}):
+        ids = place.get(_IDS_KEY)
+        if ids is None:
+            continue
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 1 for i in ids):
+            raise InvalidRequest(
+                f"{_IDS_KEY} in {path} must be a list of layer inputs from 1 on; got {ids!r:.200}"
+            )
+        fingerprint, size = fields.get("target_fingerprint"), fields.get("draft_vocab_size")
+        return DraftConfig(
+            tuple(i - 1 for i in ids),
+            fingerprint if isinstance(fingerprint, str) else None,
+            size if type(size) is int else None,
+        )
+    raise InvalidRequest(
+        f"{path} has no {_IDS_KEY}; name the layers with --aux-layer-ids, as outputs"
+    )
+
+
+def load_tokenizer(name: str) -> HasVocab:
+    """Load a tokenizer from a directory or the hub, with transformers.
+
+    Raises:
+        InvalidRequest: it cannot be loaded, or transformers is missing.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as exc:
+        raise InvalidRequest(
+            "--tokenizer needs transformers, which is not installed. Install it with\n"
+            '  pip install "transformers>=5,<6"'
+        ) from exc
+    try:
+        tokenizer: HasVocab = AutoTokenizer.from_pretrained(name)
+    except Exception as exc:  # OSError, ValueError, or whatever its file makes it raise
+        words = " ".join(str(exc).split())[:500]
+        raise InvalidRequest(
+            f"--tokenizer {name} cannot be loaded: {words}. Name a directory that holds one, or a "
+            "hub id"
+        ) from exc
+    return tokenizer
+
+
+def _split_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as exc:
+        raise InvalidRequest(f"--aux-layer-ids must be as 1,14,26; got {text!r}") from exc
