@@ -59,6 +59,11 @@ class Bridge(httpx.BaseTransport):
             assert self._changed.wait_for(lambda: self._under_way == 0, PATIENCE_S)
 
 
+def is_comparison(target: Any, job: Any) -> bool:
+    """Whether a job is a fleet's, which compares what its servers compute."""
+    return bool(job.draft_vocab.draft_vocab_size == target.describe().vocab_size)
+
+
 class GatedTarget:
     """A real target whose `supervise` waits for `gate`, after telling `entered`."""
 
@@ -77,6 +82,8 @@ class GatedTarget:
         return self.inner.draft_head(draft_vocab)
 
     def supervise(self, job: Any) -> Any:
+        if is_comparison(self, job):  # which no test here waits for
+            return self.inner.supervise(job)
         self.entered.release()
         assert self.gate.wait(PATIENCE_S), "nobody opened the gate"
         return self.inner.supervise(job)
@@ -163,9 +170,11 @@ def live_server() -> Iterator[Callable[..., str]]:
                 socket.create_server(("127.0.0.1", 0)) if unix is None else listen_unix(unix)
             )
             checked = ServerSettings(**settings)
+            app = create_app(served, checked)
             config = uvicorn.Config(
-                create_app(served, checked),
-                http=bounded(checked),
+                app,
+                http=bounded(checked, app.state.service.telemetry.refused_connection),
+                proxy_headers=False,
                 log_config=None,
                 ws="none",
                 timeout_keep_alive=keep_alive_s,

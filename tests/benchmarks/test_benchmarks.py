@@ -99,3 +99,28 @@ def test_gpu_command_in_small_on_the_cpu(tmp_path: Path) -> None:
         assert found["aux_bit_equal"]
         assert found["masks_that_differ"] == 0
         assert found["probs_bit_equal"]
+
+
+def test_hiding_table(tmp_path: Path) -> None:
+    text = run("hiding.py", "--quick", "--out", str(tmp_path))
+    assert "wait at prefetch 2 / step of 60 ms, target of 20 ms" in text
+    shares = json.loads((tmp_path / "hiding.json").read_text())["shares"]
+    assert sorted(shares) == ["(0.06, 1)", "(0.06, 2)", "(0.06, 4)"]
+    assert all(0 <= share < 1 for values in shares.values() for share in values)
+
+
+def test_fingerprint_table(tmp_path: Path) -> None:
+    text = run("fingerprint.py", "--quick", "--rounds", "2", "--out", str(tmp_path))
+    assert "21 tensors of 3.0 GB on the CPU" in text
+    seconds = json.loads((tmp_path / "fingerprint.json").read_text())["seconds"]
+    assert len(seconds) == 2
+    assert min(seconds) > 0
+
+
+def test_packing_table(tmp_path: Path) -> None:
+    text = run("packing.py", "--quick", "--out", str(tmp_path))
+    assert "packed, 8 documents a row / unpacked" in text
+    seconds = json.loads((tmp_path / "packing.json").read_text())["seconds"]
+    assert set(seconds) == {
+        "unpacked", "1 documents", "1 masked", "8 documents", "8 masked"
+    }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from eagle3_client import FingerprintMismatch, InvalidRequest, RemoteEagle3Error
 from eagle3_client.workers import DaemonWorkers
-from eagle3_server.fingerprint import model_fingerprint
+from eagle3_server.fingerprint import config_digest, weights_digest
 
 DRAFT_IDS = torch.arange(5, 65).flip(0)
 
@@ -43,9 +43,10 @@ def test_equal_weights_under_another_config_are_another_target(
     other = build_model("llama")
     rope = {"rope_type": "default", "rope_theta": 100.0}
     setattr(other.config, name, rope if value is None else value)
-    assert model_fingerprint(other) != model_fingerprint(build_model("llama"))
+    assert config_digest(other) != config_digest(build_model("llama"))
+    assert weights_digest(other) == weights_digest(build_model("llama"))
     bridges = serve(build_model("llama")), serve(other)
-    with pytest.raises(FingerprintMismatch, match="fingerprint is"):
+    with pytest.raises(FingerprintMismatch, match="config_digest is"):
         connect(TwoHosts(*bridges), urls=["http://a", "http://b"]).model_info()
 
 
@@ -53,7 +54,7 @@ def test_where_a_checkpoint_lay_does_not_change_its_fingerprint(build_model: Any
     moved = build_model("llama")
     moved.config._name_or_path = "/elsewhere"
     moved.config.transformers_version = "5.0"
-    assert model_fingerprint(moved) == model_fingerprint(build_model("llama"))
+    assert config_digest(moved) == config_digest(build_model("llama"))
 
 
 def test_a_backend_used_after_a_fork_says_so(
@@ -63,6 +64,29 @@ def test_a_backend_used_after_a_fork_says_so(
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(RemoteEagle3Error, match="before a fork"):
         backend.generate_batch(*batch_of(131))
+
+
+def test_a_handle_that_is_asked_after_a_fork_says_so(
+    serve: Any, connect: Any, batch_of: Any, build_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = connect(serve(build_model("llama")), DRAFT_IDS).generate_batch_async(*batch_of(131))
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(RemoteEagle3Error, match="before a fork"):
+            handle.result(60)
+    handle.result(60)
+
+
+def test_the_token_is_in_no_repr_and_no_error(connect: Any) -> None:
+    def echo(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(500, text=str(request.headers.raw))
+
+    backend = connect(httpx.MockTransport(echo), token="s3cret")
+    assert "s3cret" not in repr(backend._settings)
+    with pytest.raises(RemoteEagle3Error) as caught:
+        backend.model_info()
+    assert "Bearer" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
 def test_workers_refuse_work_after_close() -> None:
@@ -93,9 +117,19 @@ def test_an_additive_mask_is_refused(
         ({"output_dtype": "float32"}, "output_dtype"),
         ({"urls": "http://a:1/v1"}, "without /v1"),
         ({"device": "cuda:77"}, "cannot be used here"),
+        ({"urls": None}, "urls must be a URL"),
+        ({"urls": [None]}, "urls must be a URL"),
+        ({"urls": ["http://a", "http://A:80"]}, "named once"),
+        ({"urls": "http://bob:hunter2@a"}, "must not hold a user"),
+        ({"timeout_s": "3"}, "timeout_s must be int or float; got str"),
+        ({"token": 5}, "token must be str"),
+        ({"expect_fingerprint": 123}, "expect_fingerprint must be str"),
+        ({"max_in_flight": "2"}, "max_in_flight must be int"),
+        ({"cache_dir": 5}, "cache_dir must be str"),
     ],
 )
 def test_slips_are_named_at_once(connect: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         connect(**arguments)
     assert "abc" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)

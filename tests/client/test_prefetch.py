@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eagle3_client import (
     InvalidRequest,
-    PackingUnsupported,
     VocabMappingMissing,
 )
 
@@ -203,7 +202,7 @@ def test_a_failure_of_the_source_is_raised_after_the_batches_before_it(
         ),
         (
             lambda batch: batch.update(position_ids=batch["input_ids"]),
-            PackingUnsupported,
+            InvalidRequest,
             "position_ids",
         ),
     ],

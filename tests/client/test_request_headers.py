@@ -24,7 +24,7 @@ def test_requests_name_the_trainer_and_the_time_it_waits(
 
     backend = connect(httpx.MockTransport(observe), torch.tensor([3, 1]), timeout_s=7.5)
     backend.generate_batch(*batch_of(131))
-    assert {headers["x-eagle3-deadline-ms"] for headers in seen} == {"7500"}
+    assert {headers["x-eagle3-deadline-ms"] for headers in seen} == {"7125"}
     (name,) = {headers["x-eagle3-client"] for headers in seen}
     assert re.match(REQUEST_ID_PATTERN, name)
     assert name.startswith("gpu_host_7_")

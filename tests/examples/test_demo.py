@@ -11,39 +11,23 @@ from typing import Any
 import pytest
 import torch
 
+from eagle3_client import count_token_ids
 from eagle3_server import HFEagle3TargetModel
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 sys.path.insert(0, EXAMPLES)
 try:
     import demo_report
-    import draft_vocab
     import text
     import training
 finally:
     sys.path.remove(EXAMPLES)
 
 
-def test_draft_vocab_is_special_then_frequent_then_lowest_id() -> None:
-    counts = draft_vocab.count_tokens([[4, 4, 4, 1, 1], [6, 1, 6, 2, 7]], vocab_size=9)
+def test_every_token_of_documents_counts() -> None:
+    documents = [[4, 4, 4, 1, 1], [], [6, 1, 6, 2, 7]]
+    counts = count_token_ids(text.every_token(documents), vocab_size=9)
     assert counts.tolist() == [0, 3, 1, 0, 3, 0, 2, 1, 0]
-    ids, mask = draft_vocab.build_draft_vocab(counts, 8, special_token_ids=[8, 2, 8])
-    assert ids.tolist() == [8, 2, 1, 4, 6, 7, 0, 3]
-    assert mask.tolist() == [token_id in ids.tolist() for token_id in range(9)]
-    assert mask.dtype is torch.bool
-
-
-def test_many_equal_counts_stay_in_the_order_of_their_ids() -> None:
-    """An unstable sort would pass with a few ids and fail with hundreds."""
-    counts = torch.tensor([3, 5] * 500)
-    ids, _ = draft_vocab.build_draft_vocab(counts, 1000)
-    assert ids.tolist() == [*range(1, 1000, 2), *range(0, 1000, 2)]
-
-
-@pytest.mark.parametrize("size", [0, 1, 10])
-def test_draft_vocab_of_impossible_size_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=rf"\[2, 9\].*got {size}"):
-        draft_vocab.build_draft_vocab(torch.ones(9, dtype=torch.int64), size, [0, 3])
 
 
 def test_batches_are_padded_on_the_right_and_repeatable() -> None:

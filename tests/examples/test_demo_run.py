@@ -58,5 +58,5 @@ def test_trainer_command_trains_on_a_file_against_a_server(tmp_path: Path) -> No
     assert losses[-1] < losses[0]
     assert "bottleneck: of 5 steps'" in stats
     draft = torch.load(saved)
-    assert draft["aux_layer_ids"] == [1, 14, 26]
+    assert draft["config"]["eagle_aux_hidden_state_layer_ids"] == [2, 15, 27]  # layer inputs
     assert draft["selected_token_ids"].tolist()[:3] == [1, 2, 0]  # special tokens

@@ -6,16 +6,14 @@ everything that follows spelt out position by position from the definition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from tests.families.configs import SEED, Family, L, V
+from tests.watching import HeadCall, HeadCalls, columns_seen
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from eagle3_schemas import DraftVocab, shift_left_with_zero
 from eagle3_schemas.draft_head import DraftHead
@@ -116,49 +114,6 @@ def run_full_path(model: nn.Module, family: Family, job: SupervisionJob) -> Expe
 
 
 @dataclass(frozen=True)
-class HeadCall:
-    """One matmul with the head's weight, or a part of it."""
-
-    shape: torch.Size  # of what it was applied to, without H
-    ids: int  # how many of the head's ids it gave
-
-    @property
-    def rows(self) -> int:
-        return self.shape.numel()
-
-
-class HeadCalls(TorchFunctionMode):
-    """Records what the head is applied to, by its module or by functions of its weight alike."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.storage = head.weight.untyped_storage().data_ptr()  # type: ignore[operator]
-        self.calls: list[HeadCall] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
-            states, weight = args[0], args[1]
-            if weight.untyped_storage().data_ptr() == self.storage:
-                self.calls.append(HeadCall(states.shape[:-1], weight.shape[0]))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def columns_seen(embeddings: nn.Module) -> Iterator[list[int]]:
-    """Record how many columns of ids each forward embeds."""
-    seen: list[int] = []
-
-    def note(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0].shape[1])
-
-    handle = embeddings.register_forward_pre_hook(note)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@dataclass(frozen=True)
 class Got:
     """A target's answer, decoded as a trainer does."""
 
@@ -180,8 +135,12 @@ class Case:
 
     @cached_property
     def oracle(self) -> nn.Module:
-        """A copy in memory of its own, on which no code under test ever ran."""
-        return self.family.build(self.dtype)
+        """A copy in memory of its own, on which no code under test ever ran; frozen, as all are.
+
+        For a linear layer torch folds [B, T, H] into [B*T, H], or does not, depending on whether
+        its weight needs gradients, under no_grad too.
+        """
+        return self.family.build(self.dtype).requires_grad_(False)
 
     @cached_property
     def transform(self) -> Any:

@@ -6,8 +6,17 @@ import re
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eagle3_schemas import AUX_LAYER_CONVENTION, default_aux_layer_ids, validate_aux_layer_ids
+from eagle3_schemas import (
+    AUX_LAYER_CONVENTION,
+    default_aux_layer_ids,
+    from_layer_inputs,
+    to_layer_inputs,
+    validate_aux_layer_ids,
+)
 from eagle3_schemas.errors import InvalidRequest
 
 SHALLOWEST = 7  # below it two of [1, L//2 - 1, L - 4] are equal, or one is negative
@@ -93,3 +102,75 @@ def test_anything_but_three_distinct_layers_is_refused(ids: Any) -> None:
 
 def test_the_declared_convention_is_the_layers_output() -> None:
     assert AUX_LAYER_CONVENTION == "layer_output"
+
+
+# --- the serving engines' convention ---
+
+
+@given(st.data())
+def test_the_engines_convention_names_the_layer_that_reads_the_state(data: Any) -> None:
+    depth = data.draw(st.integers(3, 90))
+    ids = tuple(data.draw(st.lists(st.integers(0, depth - 1), min_size=3, max_size=3, unique=True)))
+    # A walk through the layers: what layer i leaves is what layer i + 1 finds, or the final norm.
+    left_by, found_by = {}, {}
+    for layer in range(depth):
+        left_by[layer] = f"state after {layer} layers and one more"
+        found_by[layer + 1] = left_by[layer]
+    inputs = to_layer_inputs(ids, depth)
+    assert [found_by[i] for i in inputs] == [left_by[i] for i in ids]
+    assert from_layer_inputs(inputs, depth) == ids
+    assert to_layer_inputs(from_layer_inputs(list(inputs), depth), depth) == inputs
+
+
+@pytest.mark.parametrize("depth", [*range(SHALLOWEST, 81)])
+def test_the_default_is_the_engines_default(depth: int) -> None:
+    """vLLM's is (2, L // 2, L - 3)."""
+    assert to_layer_inputs(default_aux_layer_ids(depth), depth) == (2, depth // 2, depth - 3)
+    assert from_layer_inputs((2, depth // 2, depth - 3), depth) == default_aux_layer_ids(depth)
+
+
+def test_the_last_layers_output_has_an_id_there_too() -> None:
+    assert to_layer_inputs((0, 3, 7), 8) == (1, 4, 8)
+    assert from_layer_inputs((1, 4, 8), 8) == (0, 3, 7)
+
+
+def test_the_state_of_an_engines_id_is_that_layers_input(build_model: Any) -> None:
+    """On a real model: ours by a hook on the output, theirs by a hook on the input."""
+    model = build_model("llama")
+    layers = list(model.model.layers)
+    outputs: dict[int, torch.Tensor] = {}
+    inputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(
+            lambda _m, _a, out, i=index: outputs.__setitem__(
+                i, out if torch.is_tensor(out) else out[0]
+            )
+        )
+        layer.register_forward_pre_hook(
+            lambda _m, args, i=index: inputs.__setitem__(i, args[0]), with_kwargs=False
+        )
+    model.model.norm.register_forward_pre_hook(
+        lambda _m, args: inputs.__setitem__(len(layers), args[0])
+    )
+    with torch.no_grad():
+        model(torch.arange(5)[None])
+    for triple in [(0, 2, 4), (1, 3, 6), (5, 6, 0)]:
+        for ours, theirs in zip(triple, to_layer_inputs(triple, len(layers)), strict=True):
+            assert torch.equal(outputs[ours], inputs[theirs])
+
+
+@pytest.mark.parametrize("ids", [(16, 1, 2), (1, 2), (1, 1, 2), (-1, 1, 2), (True, 2, 3)], ids=repr)
+def test_what_is_no_layers_output_is_refused_before_it_is_converted(ids: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"must be 3 distinct ids in \[0, 16\)"):
+        to_layer_inputs(ids, 16)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [(0, 1, 2), (1, 2, 17), (1, 2), (1, 2, 3, 4), (3, 3, 4), (True, 2, 3), (1.0, 2, 3), "123"],
+    ids=repr,
+)
+def test_what_is_no_layers_input_is_refused_with_the_ids_that_are(ids: Any) -> None:
+    words = rf"\[1, 16\].*got {re.escape(str(list(ids)))}.*eagle_aux_hidden_state_layer_ids"
+    with pytest.raises(InvalidRequest, match=words):
+        from_layer_inputs(ids, 16)

@@ -134,8 +134,6 @@ OTHER_SETS = {
     "another of the same size": mask_of([*IDS[1:], 1]),
     "none": torch.zeros(V, dtype=torch.bool),
     "all": torch.ones(V, dtype=torch.bool),
-    "too short for an id": mask_of(IDS, size=30),
-    "empty": torch.zeros(0, dtype=torch.bool),
 }
 
 
@@ -144,6 +142,13 @@ def test_a_mask_that_marks_another_set_is_refused(mask: torch.Tensor) -> None:
     message = f"must mark exactly the 5 selected_token_ids; it marks {int(mask.sum())} ids"
     with pytest.raises(InvalidRequest, match=message):
         DraftVocab.from_ids(torch.tensor(IDS), mask)
+
+
+@pytest.mark.parametrize("size", [0, 30])
+def test_an_id_beyond_the_mask_is_named(size: int) -> None:
+    message = rf"selected_token_ids must be in \[0, {size}\), the length of .*; got {max(IDS)}"
+    with pytest.raises(InvalidRequest, match=message):
+        DraftVocab.from_ids(torch.tensor(IDS), mask_of(IDS, size=size))
 
 
 @pytest.mark.parametrize("mask", [mask_of(IDS)[None], torch.tensor(True)], ids=["rank 2", "rank 0"])

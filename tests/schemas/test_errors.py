@@ -180,4 +180,6 @@ def test_context_is_absent_until_it_is_known() -> None:
         "url": None,
         "attempts": None,
         "retry_after_s": None,
+        "rank": None,
+        "waited_s": None,
     }

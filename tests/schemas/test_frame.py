@@ -1,21 +1,16 @@
-"""The frame: what goes in comes out, without copies, and its bytes are pinned."""
+"""The frame: what goes in comes out, without copies."""
 
 from __future__ import annotations
 
-import re
-import struct
-import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import msgpack
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.schemas.frame_oracle import assert_same, raw, reference_checksum
 
-from eagle3_schemas import PROTOCOL_VERSION
 from eagle3_schemas.errors import LimitExceeded, MalformedPayload
 from eagle3_schemas.frame import (
     ALIGNMENT,
@@ -25,16 +20,9 @@ from eagle3_schemas.frame import (
     decode,
     encode,
 )
-from eagle3_schemas.tensors import DTYPES, byte_view
+from eagle3_schemas.tensors import DTYPES
 
 PROPERTY = settings()  # the profile of tests/conftest.py
-PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    """Return a tensor's bytes in row-major order, so that NaNs and -0.0 compare too."""
-    row_major = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return bytes(row_major.reshape(-1).view(torch.uint8).tolist())
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -70,14 +58,6 @@ FIELD_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=6,
 )
-
-
-def assert_same(got: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor]) -> None:
-    assert list(got) == list(sent)
-    for name, tensor in sent.items():
-        assert got[name].dtype is tensor.dtype
-        assert got[name].shape == tensor.shape
-        assert raw(got[name]) == raw(tensor)
 
 
 @PROPERTY
@@ -259,107 +239,3 @@ def test_without_verification_only_the_segments_bytes_go_unchecked() -> None:
     body[30] ^= 1
     with pytest.raises(MalformedPayload, match="header's CRC"):
         decode(body, verify=False)
-
-
-# --- golden bytes ---
-
-
-def reference_checksum(data: bytes) -> list[int]:
-    """From docs/protocol.md, in plain Python."""
-    data += bytes(-len(data) % 8)
-    words = [word for (word,) in struct.iter_unpack("<Q", data)]
-    weighted = sum(index * word for index, word in enumerate(words, 1))
-    return [sum(words) % 2**64, weighted % 2**64]
-
-
-def reference_frame(
-    fields: dict[str, Any], tensors: list[tuple[str, str, list[int], bytes]]
-) -> bytes:
-    """From docs/protocol.md, independently of the package: struct, msgpack and zlib alone."""
-    table, segments = [], b""
-    for name, dtype, shape, data in tensors:
-        segments += bytes(-len(segments) % 64)
-        table.append([name, dtype, shape, len(segments), len(data), reference_checksum(data)])
-        segments += data
-    header = msgpack.packb([fields, table])
-    padding = bytes(-(24 + len(header)) % 64)
-    total = 24 + len(header) + len(padding) + len(segments)
-    prelude = struct.pack("<4sHHIIQ", b"E3RF", 1, 0, len(header), zlib.crc32(header), total)
-    return prelude + header + padding + segments
-
-
-GOLDEN_FIELDS = {"request_id": "golden-1", "rows": None, "exact": False, "ids": [1, 14, 26]}
-GOLDEN_TENSORS = {
-    "aux": torch.tensor([[1.0, -2.5, 0.0], [3.140625, -0.0, 65280.0]], dtype=torch.bfloat16),
-    "none": torch.empty(0, 4),
-    "scalar": torch.tensor(-1, dtype=torch.int64),
-    "mask": torch.tensor([True, False, True]),
-}
-# Changing these bytes breaks every deployed peer: bump PROTOCOL_VERSION in the same change.
-GOLDEN_VERSION = 1
-GOLDEN_HEX = """
-4533524601000000a70000005d2f11f043010000000000009284aa7265717565
-73745f6964a8676f6c64656e2d31a4726f7773c0a56578616374c2a369647393
-010e1a9496a3617578a862666c6f61743136920203000c92cf40490001079fbf
-80cf404900014f1f3f8096a46e6f6e65a7666c6f617433329200044000920000
-96a67363616c6172a5696e74363490400892cfffffffffffffffffcfffffffff
-ffffffff96a46d61736ba4626f6f6c9103cc800392ce00010001ce0001000100
-803f20c00000494000807f470000000000000000000000000000000000000000
-0000000000000000000000000000000000000000000000000000000000000000
-ffffffffffffffff000000000000000000000000000000000000000000000000
-0000000000000000000000000000000000000000000000000000000000000000
-010001
-"""
-
-
-def golden() -> bytes:
-    return bytes.fromhex("".join(GOLDEN_HEX.split()))
-
-
-def test_golden_bytes_are_what_this_version_writes() -> None:
-    assert PROTOCOL_VERSION == GOLDEN_VERSION
-    assert encode(GOLDEN_FIELDS, GOLDEN_TENSORS).to_bytes().hex() == golden().hex()
-
-
-def test_golden_bytes_decode_to_the_message() -> None:
-    frame = decode(golden())
-    assert frame.fields == GOLDEN_FIELDS
-    assert_same(frame.tensors, GOLDEN_TENSORS)
-
-
-GOLDEN_PARTS = [
-    ("aux", "bfloat16", [2, 3], struct.pack("<6H", 0x3F80, 0xC020, 0, 0x4049, 0x8000, 0x477F)),
-    ("none", "float32", [0, 4], b""),
-    ("scalar", "int64", [], struct.pack("<q", -1)),
-    ("mask", "bool", [3], b"\1\0\1"),
-]
-
-
-def test_golden_bytes_follow_from_the_definition_alone() -> None:
-    assert reference_frame(GOLDEN_FIELDS, GOLDEN_PARTS).hex() == golden().hex()
-
-
-def test_the_protocol_pages_own_code_writes_the_golden_bytes() -> None:
-    """The page is enough to write a second implementation: its code is one."""
-    page: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", PROTOCOL_PAGE.read_text("utf-8"), re.DOTALL):
-        exec(block, page)
-    assert page["frame"](GOLDEN_FIELDS, GOLDEN_PARTS).hex() == golden().hex()
-
-
-def test_a_part_of_the_golden_bytes_is_found_where_the_table_says() -> None:
-    """One worked row of the layout: the prelude, then the offsets counted from the payload."""
-    body = golden()
-    magic, version, reserved, header_length, crc, total = struct.unpack_from("<4sHHIIQ", body)
-    assert (magic, version, reserved, total) == (b"E3RF", 1, 0, len(body))
-    header = body[24 : 24 + header_length]
-    assert zlib.crc32(header) == crc
-    payload = -(-(24 + header_length) // 64) * 64
-    fields, table = msgpack.unpackb(header)
-    assert fields == GOLDEN_FIELDS
-    for (name, dtype, shape, offset, length, sums), part in zip(table, GOLDEN_PARTS, strict=True):
-        data = body[payload + offset : payload + offset + length]
-        assert (name, dtype, shape, data) == part
-        assert offset % 64 == 0
-        assert sums == reference_checksum(data)
-    assert byte_view(GOLDEN_TENSORS["aux"]) == GOLDEN_PARTS[0][3]

@@ -170,7 +170,10 @@ print(len(bodies))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="the child limits itself by what only Linux has: RLIMIT_AS and /proc",
+)
 def test_hostile_bytes_allocate_nothing_outside_python_either(tmp_path: Path) -> None:
     """A process that may map 64 MiB more refuses them all, so neither torch nor msgpack tried."""
     bodies = tmp_path / "bodies"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eagle3_schemas.errors import InvalidRequest, PackingUnsupported
+from eagle3_schemas.errors import InvalidRequest
 from eagle3_server import HFEagle3TargetModel, TransformersTarget
 
 
@@ -176,9 +176,10 @@ def test_the_co_located_batch_is_shifted_where_the_contract_says(
     same(batch.attention_mask, inputs.attention_mask)
 
 
-def test_the_model_is_put_into_eval_mode(build_model: Any) -> None:
+def test_the_model_is_put_into_eval_mode_and_frozen(build_model: Any) -> None:
     model = build_model("llama").train()
     assert not HFEagle3TargetModel(model).model.training
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_the_co_located_target_hands_out_its_own_embeddings(model: Any) -> None:
@@ -210,9 +211,11 @@ def test_masks_of_another_shape_are_refused_by_the_co_located_target(model: Any)
 
 
 @pytest.mark.parametrize("name", ["position_ids", "seq_lens", "doc_remaining"])
-def test_packed_inputs_are_refused_by_the_co_located_target(model: Any, name: str) -> None:
+def test_one_of_the_packing_tensors_alone_is_refused_by_the_co_located_target(
+    model: Any, name: str
+) -> None:
     ids = torch.zeros(2, 5, dtype=torch.long)
-    with pytest.raises(PackingUnsupported, match="one document per row"):
+    with pytest.raises(InvalidRequest, match=r"seq_lens.*got none"):
         HFEagle3TargetModel(model).generate_batch(ids, ids, ids, **{name: ids})
 
 

@@ -119,6 +119,7 @@ def test_a_full_queue_refuses_and_the_client_comes_back_when_it_drains(
     model = build_model("llama")
     target, inputs = gated(model), batch_of(131)
     bridge = serve(target, max_queued_requests=1)
+    expected = expect(model, inputs, DRAFT_IDS)
     refusals: list[httpx.Response] = []
     is_refused = threading.Event()
 
@@ -137,7 +138,7 @@ def test_a_full_queue_refuses_and_the_client_comes_back_when_it_drains(
     assert is_refused.wait(60)
     target.gate.set()
     for handle in (first, *others):
-        matches(handle.result(60), expect(model, inputs, DRAFT_IDS))
+        matches(handle.result(60), expected)
     problem = refusals[0].json()
     assert problem["code"] == "queue_full"
     assert "max_queued_requests" in problem["detail"]

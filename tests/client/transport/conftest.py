@@ -29,6 +29,7 @@ class Server:
     url: str  # as a backend is given it
     uds: str | None
     ca_file: str | None
+    closing: ExitStack  # what a test leaves open: a pool that keeps a socket would leak it
     opened: list[Any] = field(default_factory=list)
     lost: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -48,12 +49,14 @@ class Server:
         )
 
     def connection(self, kind: str = "ours", timeout_s: float = PATIENCE_S) -> Connection:
-        return Connection(
+        connection = Connection(
             self.http_url,
             token=None,
             timeout_s=timeout_s,
             transport=self.transport(kind),
         )
+        self.closing.callback(connection.close)
+        return connection
 
     def wait_until_lost(self, count: int = 1) -> None:
         for _ in range(count):
@@ -85,14 +88,14 @@ def listen(request: pytest.FixtureRequest) -> Iterator[Callable[..., tuple[socke
                 listener = stack.enter_context(socket.socket(socket.AF_UNIX))
                 listener.bind(path)
                 listener.listen(backlog)
-                return listener, Server(link, f"unix://{path}", path, None)
+                return listener, Server(link, f"unix://{path}", path, None, stack)
             listener = socket.create_server(("127.0.0.1", 0), backlog=backlog)
             stack.enter_context(listener)
             port = listener.getsockname()[1]
             if link == "tcp":
-                return listener, Server(link, f"http://127.0.0.1:{port}", None, None)
+                return listener, Server(link, f"http://127.0.0.1:{port}", None, None, stack)
             cert, _ = request.getfixturevalue("certificate")
-            return listener, Server(link, f"https://localhost:{port}", None, str(cert))
+            return listener, Server(link, f"https://localhost:{port}", None, str(cert), stack)
 
         yield build
 
@@ -112,6 +115,11 @@ def uvicorn_server(listen: Any, request: pytest.FixtureRequest) -> Iterator[Call
                 def connection_made(self, transport: Any) -> None:
                     server.opened.append(transport)
                     super().connection_made(transport)
+
+                def timeout_keep_alive_handler(self) -> None:
+                    super().timeout_keep_alive_handler()
+                    # TLS would wait half a minute for a goodbye that an idle client never says.
+                    self.loop.call_later(0.1, self.transport.abort)
 
                 def connection_lost(self, exc: Exception | None) -> None:
                     super().connection_lost(exc)

@@ -279,3 +279,18 @@ def test_close_twice_and_a_request_afterwards(peer: Any, link: str) -> None:
     transport.close()
     with pytest.raises(httpx.ConnectError, match="the transport was closed"):
         client.get("/")
+
+
+def test_a_body_that_trickles_is_given_up_though_each_byte_comes_in_time(
+    peer: Any, link: str, kind: str
+) -> None:
+    def script(far_end: Any) -> None:
+        far_end.read_request()
+        far_end.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while True:
+            far_end.send(b"x")
+            threading.Event().wait(0.02)
+
+    server = peer(link, script)
+    with pytest.raises(TransportError, match="slower than 256 KiB/s"):
+        server.connection(kind, timeout_s=0.5).input_embeddings()

@@ -153,3 +153,18 @@ def serve_app(trainer: Callable[..., Trainer]) -> Iterator[Callable[[Any], Train
             return trainer(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
         yield start
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., Any]]:
+    """`started(**variables)`: a server process, see `server_process.Process`."""
+    from tests.server.sharing.server_process import Process
+
+    with ExitStack() as stack:
+
+        def start(**variables: str) -> Process:
+            process = Process(**variables)
+            stack.callback(process.close)
+            return process
+
+        yield start

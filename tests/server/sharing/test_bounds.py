@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -98,22 +99,56 @@ def test_too_much_in_flight_is_refused_for_now(
     assert is_right(9, one.ask(9))
 
 
-def test_connections_over_the_limit_are_refused_and_come_back(
-    live_server: Any, trainer: Any
-) -> None:
-    one = trainer(live_server(SeededTarget(), max_connections=3))
-    others = [one.connect() for _ in range(2)]
-    for sock in others:
-        sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200")
-    refused = one.connect()
+def answer_on(sock: Any) -> bytes:
+    """All that comes until the other end closes."""
     answer = b""
-    while more := refused.recv(1 << 16):
+    while more := sock.recv(1 << 16):
         answer += more
-    assert answer.startswith(b"HTTP/1.1 503")
-    assert b"retry-after: 1" in answer
-    assert b"max_connections" in answer
-    for sock in (*others, refused):
+    return answer
+
+
+def test_connections_over_the_limit_are_refused_and_come_back(
+    live_server: Any,
+    trainer: Any,
+    gate: Gate,  # noqa: F811
+    is_right: Any,
+) -> None:
+    """Over a limit of connections that all have a request under way."""
+    one = trainer(live_server(SeededTarget(gate), max_connections=3))
+    busy = [one.open(seed, f"busy-{seed}") for seed in (1, 2, 3)]
+    gate.wait_until_entered()
+    refused = next(answer for _ in range(200) if (answer := one_more(one)) is not None)
+    assert refused.startswith(b"HTTP/1.1 503")
+    assert b"retry-after: 1" in refused
+    assert b"EAGLE3_MAX_CONNECTIONS" in refused
+    gate.is_open.set()
+    for sock in busy:
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
         sock.close()
-    for _ in range(3):  # the closed ones are forgotten
+    assert is_right(9, one.ask(9))
+    metrics = one.http.get("/metrics").text
+    assert 'eagle3_rejections_total{reason="max_connections"} 0.0' not in metrics
+
+
+def one_more(one: Any) -> bytes | None:
+    """A connection's refusal, or None if it took the place of an idle one."""
+    with one.connect() as sock:
+        sock.settimeout(0.2)
+        try:
+            return answer_on(sock) or None
+        except (TimeoutError, ConnectionError):
+            return None
+
+
+def test_an_idle_connection_makes_room_for_a_new_one(live_server: Any, trainer: Any) -> None:
+    """So that strangers who hold the places keep nobody out; trainers' own connect again."""
+    one = trainer(live_server(SeededTarget(), max_connections=3, token="secret"),
+                  authorization="Bearer secret")  # fmt: skip
+    strangers = [one.connect() for _ in range(6)]
+    for sock in strangers[3:]:
+        with suppress(ConnectionError):
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+    for _ in range(3):
         assert one.status()["state"] == "ready"
+    for sock in strangers:
+        sock.close()

@@ -4,100 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from tests.server.sharing.conftest import PATIENCE_S, Trainer, problem
-
-SERVER = """
-import sys
-import eagle3_server.serve as module
-from eagle3_server import ServerSettings
-from tests.seeded_target import SeededTarget
-
-def before(job):
-    seed = int(job.input_ids[0, 0])
-    if seed == 13:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-    print("computing", flush=True)
-    if seed == 7:
-        sys.stdin.readline()
-
-module.load_target = lambda settings: SeededTarget(before)
-sys.exit(module.serve(ServerSettings(model="seeded", port=0)))
-"""
-
-
-class Process:
-    """A server whose forward of seed 7 waits for `go_on`."""
-
-    def __init__(self, **variables: str) -> None:
-        ambient = {name: value for name, value in os.environ.items() if "EAGLE3_" not in name}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**ambient, **variables},
-            cwd=Path(__file__).parents[3],
-        )
-        assert self.process.stderr is not None
-        self.said = ""
-        for line in self.process.stderr:
-            self.said += line
-            if "trainers use" in line:
-                break
-        self.url = self.said.split()[-1]
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stderr or ():
-            self.said += line
-
-    def wait_until_computing(self) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "computing\n"
-
-    def go_on(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def ended(self) -> int:
-        """Wait for the exit code."""
-        code = self.process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        return code
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join(PATIENCE_S)
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-
-@pytest.fixture
-def started() -> Iterator[Callable[..., Process]]:
-    with ExitStack() as stack:
-
-        def start(**variables: str) -> Process:
-            process = Process(**variables)
-            stack.callback(process.close)
-            return process
-
-        yield start
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -184,6 +100,76 @@ def test_a_lost_device_ends_the_process_with_an_error(started: Any, trainer: Any
     assert server.ended() == 1
     assert "the device failed for good" in server.said
     assert "device-side assert" in server.said
+
+
+def test_sigterm_under_load_loses_no_request_that_was_admitted(
+    started: Any, trainer: Any, is_right: Any
+) -> None:
+    """Four trainers ask one batch after the other until they are refused or cut off."""
+    server = started(EAGLE3_GRACE_PERIOD_S="60")
+    served = threading.Semaphore(0)
+
+    def train(number: int) -> tuple[int, str]:
+        one: Trainer = trainer(server.url, f"trainer-{number}")
+        for count in range(1000):
+            seed = 20 + (count + number) % 10
+            try:
+                answer = one.ask(seed, f"{number}-{count}")
+            except httpx.TransportError:  # no listener, or a connection that it closed unasked
+                return count, "no answer"
+            if answer.status_code != 200:
+                assert problem(answer)[:2] == (503, "not_ready")
+                return count, "refused"
+            assert is_right(seed, answer)
+            served.release()
+        raise AssertionError("the server never ended")
+
+    def drain_output() -> None:
+        for _ in server.process.stdout:
+            pass
+
+    reader = threading.Thread(target=drain_output)
+    reader.start()
+    with ThreadPoolExecutor(4) as pool:
+        trainers = [pool.submit(train, number) for number in range(4)]
+        for _ in range(12):
+            assert served.acquire(timeout=PATIENCE_S)
+        server.process.send_signal(signal.SIGTERM)
+        outcomes = [each.result(PATIENCE_S) for each in trainers]
+    assert server.ended() == 0
+    reader.join(PATIENCE_S)
+    assert sum(count for count, _ in outcomes) >= 12
+    assert "Traceback" not in server.said
+
+
+def test_no_token_is_ever_told(started: Any, trainer: Any, tmp_path: Path) -> None:
+    """Whatever is asked, right or wrong: not in the log, nor in any answer."""
+    secrets = {name: f"{name}-{os.urandom(8).hex()}" for name in ("environ", "file", "wrong")}
+    file = tmp_path / "tokens"
+    file.write_text(secrets["file"])
+    server = started(
+        EAGLE3_TOKEN=secrets["environ"],
+        EAGLE3_TOKEN_FILE=str(file),
+        EAGLE3_LOG_FORMAT="json",
+        EAGLE3_MAX_TOKENS_PER_REQUEST="5000",
+    )
+    answers: list[httpx.Response] = []
+    for name in ("environ", "file"):
+        one: Trainer = trainer(server.url, name, authorization=f"Bearer {secrets[name]}")
+        answers += [one.ask(1), one.ask(2), one.http.get("/v1/status")]
+        answers += [one.http.get("/metrics"), one.http.get("/no-such-path")]
+        answers += [one.http.post("/v1/supervision", content=b"no frame")]
+    for text in (secrets["wrong"], f"{secrets['environ']}x", secrets["environ"][:-1]):
+        for path in ("/healthz", "/readyz", "/v1/status", "/v1/model", "/nowhere"):
+            headers = {"authorization": f"Bearer {text}", "x-request-id": f"of {text}"}
+            answers.append(httpx.get(server.url + path, headers=headers))
+    lost = trainer(server.url, "lost", authorization=f"Bearer {secrets['environ']}").ask(13)
+    assert problem(lost)[0] == 503  # with its traceback in the log
+    assert server.ended() == 1
+    assert {answer.status_code for answer in answers} >= {200, 400, 401, 404}
+    told = [server.said, *(f"{a.headers} {a.text}" for a in [*answers, lost])]
+    for secret in secrets.values():
+        assert not [text for text in told if secret in text]
 
 
 @pytest.mark.parametrize("content", ["\n \n", None], ids=["empty", "missing"])

@@ -40,8 +40,9 @@ def gate() -> Any:
 
 @pytest.fixture
 def pool() -> Any:
-    with ThreadPoolExecutor(32) as pool:
-        yield pool
+    pool = ThreadPoolExecutor(32)
+    yield pool
+    pool.shutdown(wait=False, cancel_futures=True)  # a test that failed may not have opened a gate
 
 
 def wait_for(trainer: Any, **expected: Any) -> Any:

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from tests.seeded_target import SeededTarget
 from tests.server.sharing.conftest import VOCAB, problem
+
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_server import ServerSettings
 
 OPEN = ["/healthz", "/readyz"]
 GUARDED = [
@@ -21,13 +25,22 @@ GUARDED = [
     ("POST", "/v1/supervision"),
     ("GET", "/no-such-path"),
 ]
-WRONG = [None, "Bearer wrong", "Bearer", "Basic b25l", "Bearer one two", "one", "Bearer ONE"]
+WRONG = [
+    None,
+    "Bearer # rotated on Monday",
+    "Bearer wrong",
+    "Bearer",
+    "Basic b25l",
+    "Bearer one two",
+    "one",
+    "Bearer ONE",
+]
 
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
-    path.write_text("three\n\n  four  \n")
+    path.write_text("# rotated on Monday\nthree\n\n  four  \n")
     return path
 
 
@@ -36,6 +49,26 @@ def test_every_path_of_the_app_is_in_these_lists(trainer: Any, live_server: Any)
     paths = set(one.http.get("/openapi.json").json()["paths"])
     listed = {path.replace(VOCAB.digest, "{digest}") for _, path in GUARDED} | set(OPEN)
     assert paths <= listed
+
+
+@pytest.mark.parametrize("token", [None, "one"])
+def test_the_document_says_which_paths_ask_for_a_token(
+    trainer: Any, live_server: Any, token: str | None
+) -> None:
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    one = trainer(live_server(SeededTarget(), token=token), **headers)
+    document = one.http.get("/openapi.json").json()
+    guarded = {
+        path
+        for path, item in document["paths"].items()
+        for operation in item.values()
+        if operation.get("security") == [{"bearer": []}]
+    }
+    assert guarded == (set(document["paths"]) - set(OPEN) if token else set())
+    schemes = document.get("components", {}).get("securitySchemes", {})
+    assert [(each["type"], each["scheme"]) for each in schemes.values()] == (
+        [("http", "bearer")] if token else []
+    )
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -57,6 +90,13 @@ def test_without_a_right_token_only_the_probes_answer(
         assert answer.headers["www-authenticate"] == "Bearer"
         for secret in ("one", "two", "three", "four"):
             assert f" {secret} " not in problem(answer)[2]
+
+
+@pytest.mark.parametrize("token", ["a b", "schlüssel", "a\x7f"])
+def test_a_token_that_no_client_can_send_is_refused_untold(token: str) -> None:
+    with pytest.raises(InvalidRequest, match="printable ASCII") as caught:
+        ServerSettings(token=SecretStr(token)).tokens()
+    assert token not in str(caught.value)
 
 
 @pytest.mark.parametrize("token", ["one", "two", "three", "four"])
