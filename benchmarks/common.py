@@ -118,6 +118,8 @@ class Target:
         """Return a table row with the verdict."""
         is_met = value >= self.limit if self.at_least else value <= self.limit
         digits = ",.0f" if self.unit else ".2f"
+        if not self.unit and abs(value - self.limit) < 0.005:
+            digits = ".3f"  # the verdict must be seen to be right
         shown = f"{value:{digits}}{self.unit}{spread}"
         limit = f"{'≥' if self.at_least else '≤'} {self.limit:{digits}}{self.unit}"
         return [self.what, shown, limit, "met" if is_met else "**missed**"]
@@ -153,8 +155,10 @@ def provenance(script: str, argv: Sequence[str]) -> dict[str, str]:
 
 def caption(made: dict[str, str]) -> str:
     """Return the provenance as a sentence."""
+    quick = "--quick" in made["command"]
     return (
-        f"Measured {made['date']} with `{made['command']}` on {made['hardware']}, "
+        ("Quick: it shows that everything runs, its numbers say nothing. " if quick else "")
+        + f"Measured {made['date']} with `{made['command']}` on {made['hardware']}, "
         f"{made['threads']} threads, torch {made['torch']}, transformers {made['transformers']}; "
         f"load average at the start {made['load_average_at_start']}."
     )

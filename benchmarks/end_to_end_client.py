@@ -1,7 +1,8 @@
 """One trainer of the end-to-end benchmark, in a process of its own; `end_to_end.py` starts it.
 
-It asks for one batch at a time, when its parent says so, and measures itself. `bare` is none, but
-the same supervision called in a loop, without any server.
+It asks for one batch at a time, when its parent says so, and measures itself. Two are none: `bare`
+is the same supervision called in a loop, without any server; `floor` is what nothing that uses this
+backbone can do without, its forward and one matmul of the supervised rows by the full vocab.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import DraftVocab, Eagle3TargetBatch
 from eagle3_server import TransformersTarget
+from eagle3_server.allocator import keep_freed_memory
 from eagle3_server.engine import SupervisionJob
 
-PATHS = ("peer", "peer-colocated", "ours", "bare")
+PATHS = ("peer", "peer-colocated", "ours", "bare", "floor")
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -37,6 +39,7 @@ class Trainer:
         self._batches: dict[str, list[Batch]] = torch.load(arguments.batches)
         self._vocab: tuple[Tensor, Tensor] | None = None
         self._backend: Any = None
+        self._logits: Tensor | None = None
         if arguments.path == "ours":
             self._backend = RemoteEagle3Backend(
                 arguments.url,
@@ -62,7 +65,7 @@ class Trainer:
             self._backend.set_vocab_mapping(*self._vocab)
         elif self._arguments.path == "bare":
             self._target = TransformersTarget(self._model, model_id="bare")
-        else:
+        elif self._arguments.path == "peer-colocated":
             from nemo_automodel.components.speculative.eagle.target import HFEagle3TargetModel
 
             ids = self._arguments.aux_layer_ids
@@ -122,11 +125,26 @@ class Trainer:
         assert self._vocab is not None
         if self._arguments.path == "bare":
             return self._target.supervise(self._job(batch))
+        if self._arguments.path == "floor":
+            return self._floor(batch)
         from nemo_automodel.components.speculative.eagle import core
 
         answer = self._colocated.generate_batch(*batch)
         projected = core._compute_target_distribution(answer.logits, *self._vocab, answer.loss_mask)
         return answer, projected
+
+    @torch.no_grad()
+    def _floor(self, batch: Batch) -> Tensor:
+        input_ids, attention_mask, loss_mask = batch
+        states = self._model.get_decoder()(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        rows = states[:, :-1][loss_mask[:, 1:].bool()]
+        weight = self._model.get_output_embeddings().weight
+        shape = (rows.shape[0], weight.shape[0])
+        if self._logits is None or self._logits.shape != shape:
+            self._logits = torch.zeros(shape)  # used again: it pays for no page faults
+        return torch.mm(rows, weight.T, out=self._logits)
 
     def _job(self, batch: Batch) -> SupervisionJob:
         assert self._vocab is not None
@@ -154,6 +172,8 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--rebuild-elsewhere", action="store_true")
     arguments = parser.parse_args()
+    if arguments.path in ("bare", "floor"):
+        keep_freed_memory()  # as `serve` does
     if arguments.rebuild_elsewhere:
         rebuild_elsewhere()
     trainer = Trainer(arguments)

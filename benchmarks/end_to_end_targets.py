@@ -14,7 +14,7 @@ import torch
 from head_model import AUX_LAYER_IDS, ModelShape, Vocab, make_batch, make_model
 from transformers import AutoConfig, AutoTokenizer
 
-from draft_vocab import build_draft_vocab, count_tokens
+from eagle3_client import build_draft_vocab, count_token_ids
 from eagle3_schemas import default_aux_layer_ids
 from smollm2 import smollm2_checkpoint
 from text import (
@@ -22,6 +22,7 @@ from text import (
     TRAINING_MODULES,
     TokenBatch,
     chunk,
+    every_token,
     make_batches,
     module_documents,
     tokenize,
@@ -97,7 +98,7 @@ def prepare_real(directory: Path, levels: Sequence[float], rounds: int) -> Prepa
         tokenize(chain.from_iterable(map(module_documents, modules)), tokenizer)
         for modules in (TRAINING_MODULES, HELD_OUT_MODULES)
     )
-    counts = count_tokens(training, config.vocab_size)
+    counts = count_token_ids(every_token(training), config.vocab_size)
     full = [piece for piece in chunk(held_out, LENGTH) if len(piece) == LENGTH]
     file = save(
         {

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from draft_vocab import build_draft_vocab, count_tokens
-from eagle3_client import RemoteEagle3Backend
+from eagle3_client import RemoteEagle3Backend, build_draft_vocab, count_token_ids
 from eagle3_schemas import Eagle3TargetBatch, project_to_draft_vocab
 from eagle3_server import HFEagle3TargetModel, TransformersTarget
 from smollm2 import smollm2_checkpoint
@@ -31,6 +30,7 @@ from text import (
     TRAINING_MODULES,
     TokenBatch,
     chunk,
+    every_token,
     make_batches,
     module_documents,
     tokenize,
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     exact: dict[str, list[Eagle3TargetBatch]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-        counts = count_tokens(training, model.config.vocab_size)
+        counts = count_token_ids(every_token(training), model.config.vocab_size)
         vocab = build_draft_vocab(counts, arguments.draft_vocab_size, tokenizer.all_special_ids)
         name = str(dtype).removeprefix("torch.")
         results["targets"][name], exact[name] = measure_target(

@@ -100,11 +100,16 @@ def memory(
     """Peak MiB above weights, each in a fresh process."""
     lengths = sorted({*arguments.lengths, arguments.length})
     paths, at = ("served", "head", "colocated"), arguments.length
-    cases = [(path, "hidden", t, "float32", "default") for path in paths for t in lengths]
+    malloc = {"served": "serve"}
+    cases = [
+        (path, "hidden", t, "float32", malloc.get(path, "default"))
+        for path in paths
+        for t in lengths
+    ]
     cases += [("backbone", "hidden", at, "float32", "default")]
-    cases += [("served", encoding, at, "float32", "default") for encoding in ("logits", "probs")]
+    cases += [("served", encoding, at, "float32", "serve") for encoding in ("logits", "probs")]
     cases += [("served", "hidden", at, "float32", "fixed")]
-    cases += [(path, "hidden", at, "bfloat16", "default") for path in paths]
+    cases += [(path, "hidden", at, "bfloat16", malloc.get(path, "default")) for path in paths]
     cases += [("served", "hidden", at, "bfloat16", "fixed")]
     peaks = {case: peak_mib(shape.arguments(), *case) for case in cases}
     names = ("path", "encoding", "T", "dtype", "malloc")
@@ -122,6 +127,7 @@ def memory(
         f"Peak memory above weights, B {shape.batch_size}, H {shape.hidden_size}, "
         f"{shape.layers} layers, V {shape.vocab_size}, D {shape.draft_vocab_size}, "
         f"{shape.supervised:.0%} supervised; `head` is the head alone, its output included; malloc "
+        "`serve` as that command sets it, "
         f"`fixed` is {', '.join(f'{k}={v}' for k, v in FIXED_MALLOC.items())}:\n\n"
         + markdown_table(["path", "encoding", "dtype", "T", "malloc", "MiB"], lines)
     )
@@ -130,7 +136,7 @@ def memory(
             peaks["served", "hidden", at, dtype, malloc]
         )
         for dtype in ("bfloat16", "float32")
-        for malloc in ("default", "fixed")
+        for malloc in ("serve", "fixed")
     ]
 
 

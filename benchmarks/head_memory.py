@@ -25,6 +25,7 @@ from head_model import AUX_LAYER_IDS, ModelShape, colocated, draft_vocab, make_b
 from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_server import TransformersTarget
+from eagle3_server.allocator import keep_freed_memory
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.supervise import supervise_rows
 
@@ -46,11 +47,12 @@ def peak_mib(
         encoding: of the served rows.
         length: T.
         dtype: of the model.
-        malloc: `default`, or `fixed` for `FIXED_MALLOC`.
+        malloc: `default`, `fixed` for `FIXED_MALLOC`, or `serve` for what that command sets.
     """
     environment = os.environ | (FIXED_MALLOC if malloc == "fixed" else {})
     command = [sys.executable, __file__, *arguments, "--path", path, "--encoding", encoding]
     command += ["--length", str(length), "--dtype", dtype]
+    command += ["--keep-freed-memory"] if malloc == "serve" else []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
     ) as child:
@@ -84,7 +86,10 @@ def main() -> None:
     parser.add_argument("--encoding", required=True)
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--keep-freed-memory", action="store_true")
     own, rest = parser.parse_known_args()
+    if own.keep_freed_memory and not keep_freed_memory():
+        raise RuntimeError("this allocator cannot keep freed memory, as `serve` makes it")
     shape = ModelShape.parse(rest)
     model = make_model(shape, getattr(torch, own.dtype))
     if own.path == "served":

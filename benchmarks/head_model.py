@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -100,10 +101,10 @@ def make_batch(shape: ModelShape, length: int, real: float = 1.0) -> TokenBatch:
 def colocated_name() -> str:
     """Say which co-located path `colocated` runs."""
     try:
-        import nemo_automodel
-    except ImportError:
+        peer = version("nemo-automodel")  # `__version__` adds a commit of the working folder
+    except PackageNotFoundError:
         return "eagle3_server.HFEagle3TargetModel + project_to_draft_vocab (the peer's rule)"
-    return f"nemo-automodel {nemo_automodel.__version__}, HFEagle3TargetModel + its trainer's rule"
+    return f"nemo-automodel {peer}, HFEagle3TargetModel + its trainer's rule"
 
 
 def colocated(
