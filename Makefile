@@ -10,7 +10,7 @@ help:
 	@echo "make demo      serve a real target, train a small draft against it, plot the losses"
 	@echo "make test      lint, types, and all tests that need only pip"
 	@echo "make test-all  what needs more: real weights, the peer's package, processes"
-	@echo "make soak      fuzzing: 50,000 examples a property, a million frames, 50,000 requests"
+	@echo "make soak      50,000 examples a property, a million frames, 50,000 requests, 100 kills"
 	@echo "PYTHON=...     interpreter to build .venv/ with; its torch is reused if it has one"
 
 setup:
@@ -34,8 +34,12 @@ test-all:
 
 soak: setup
 	$(VENV_PYTHON) -m pytest -m "not slow and not gpu" tests/schemas --hypothesis-profile=soak --timeout=7200
-	EAGLE3TEST_DECODER_INPUTS=1000000 EAGLE3TEST_HTTP_INPUTS=50000 EAGLE3TEST_SEED=$$(date +%s) \
+	EAGLE3TEST_DECODER_INPUTS=1000000 EAGLE3TEST_HTTP_INPUTS=50000 \
+		EAGLE3TEST_OPENAPI_EXAMPLES=2000 EAGLE3TEST_SEED=$$(date +%s) \
 		$(VENV_PYTHON) -m pytest tests/fuzz -s --timeout=7200
+	EAGLE3TEST_KILLS=100 EAGLE3TEST_NETWORK_STEPS=5000 EAGLE3TEST_RESETS=5000 \
+		EAGLE3TEST_SEED=$$(date +%s) $(VENV_PYTHON) -m pytest -s --timeout=7200 \
+		tests/faults -k "random or resets"
 
 clean:
 	rm -rf .venv demo-report

@@ -28,8 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from demo_report import DemoReport
-from draft_vocab import build_draft_vocab, count_tokens
-from eagle3_client import RemoteEagle3Backend
+from eagle3_client import RemoteEagle3Backend, build_draft_vocab, count_token_ids
 from eagle3_schemas import Eagle3TargetBackend
 from eagle3_server import HFEagle3TargetModel
 from served_target import served_target
@@ -39,6 +38,7 @@ from text import (
     TRAINING_MODULES,
     TokenBatch,
     chunk,
+    every_token,
     make_batches,
     module_documents,
     tokenize,
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"target ready at {url} after {time.perf_counter() - started:.0f} s")
         vocab_size = backend.model_info().vocab_size
         draft_vocab = build_draft_vocab(
-            count_tokens(data.training_documents, vocab_size),
+            count_token_ids(every_token(data.training_documents), vocab_size),
             min(arguments.draft_vocab_size, vocab_size),
             data.special_token_ids,
         )

@@ -77,6 +77,11 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
+def every_token(documents: Iterable[Sequence[int]]) -> Iterator[tuple[Tensor, None]]:
+    """Return documents as `eagle3_client.count_token_ids` takes them: no token is masked."""
+    return ((torch.tensor(document, dtype=torch.int64), None) for document in documents)
+
+
 def chunk(
     documents: Iterable[Sequence[int]], sequence_length: int, min_length: int = 32
 ) -> list[list[int]]:

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import torch
 
-from draft_vocab import build_draft_vocab, count_tokens
-from text import TokenBatch, chunk, make_batches, tokenize
+from text import TokenBatch, chunk, every_token, make_batches, tokenize
 from training import Metrics, make_trainer, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     from transformers import AutoTokenizer
 
-    from eagle3_client import RemoteEagle3Backend
+    from eagle3_client import RemoteEagle3Backend, build_draft_vocab, count_token_ids
 
     arguments = parse_arguments(argv)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
@@ -48,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         backend.wait_until_ready(arguments.timeout_s)
         info = backend.model_info()
         selected_token_ids, selected_token_mask = build_draft_vocab(
-            count_tokens(documents, info.vocab_size),
+            count_token_ids(every_token(documents), info.vocab_size),
             min(arguments.draft_vocab_size, info.vocab_size),
             tokenizer.all_special_ids,
         )
         backend.set_vocab_mapping(selected_token_ids, selected_token_mask)
+        config = backend.draft_config()
         trainer = make_trainer(
             backend.get_input_embeddings().weight,
             selected_token_ids,
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         print(prefetch.stats)
     if arguments.output is not None:
-        # A draft served with other aux layers than these collapses, so they travel with it.
+        # A draft served with other aux layers than these collapses, so the config names them.
         saved = {
             "draft": trainer.draft.state_dict(),
             "selected_token_ids": selected_token_ids,
-            "aux_layer_ids": list(info.aux_layer_ids),
+            "config": config,
         }
         torch.save(saved, arguments.output)
         print(f"saved {arguments.output}")
