@@ -265,6 +265,7 @@ class Connection:
         if frame is not None:
             headers["content-type"] = FRAME_MEDIA_TYPE
             content = frame.to_bytes()
+        last_at_sending = self.instances.last
         try:
             with self._http.stream(
                 method,
@@ -274,7 +275,7 @@ class Connection:
                 timeout=timeout,
                 extensions={"may_repeat": path != SUPERVISION_PATH},
             ) as response:
-                self.instances.note(response.headers.get(INSTANCE_HEADER))
+                self.instances.note(response.headers.get(INSTANCE_HEADER), last_at_sending)
                 if response.status_code != 200:
                     raise problem_error(response, self.url, hide=self._token)
                 if heard is not None:

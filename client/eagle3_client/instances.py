@@ -17,11 +17,17 @@ class Instances:
         self._seen: set[str] = set()
         self._compared: set[str] = set()
 
-    def note(self, instance: str | None) -> None:
-        """Note who answers; None if the server does not say."""
+    def note(self, instance: str | None, last_at_sending: str | None) -> None:
+        """Note who answers; None if the server does not say.
+
+        Who answered last when the request was sent is old news if another answered since: its
+        process may have ended, and only this answer came late.
+        """
         if instance is None or instance == self.last:
             return
         with self._lock:
+            if instance == last_at_sending and instance in self._seen:
+                return
             self.is_balanced = self.is_balanced or instance in self._seen
             self._seen.add(instance)
             self.last = instance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from eagle3_schemas.errors import PoisonRequest, TransportError
 
 MAX_ENDED = 3
 """Servers that may end while they hold a request, before it is sent no more."""
+
+_PATIENCE_S = 5.0
+_LOOK_EVERY_S = 0.05
 
 
 class Losses:
@@ -41,9 +45,22 @@ class Losses:
     def check(self) -> None:
         """Look what became of the servers it was lost at; call before the next attempt.
 
+        Where nobody can tell, the next look may: a process that was killed keeps its sockets for a
+        moment, and one that took its place answers late. That is waited for, 5 s at most, if it
+        could be what makes three.
+
         Raises:
             PoisonRequest: three ended.
         """
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            self._look()
+            could_be = len(self._ended) + len(self._lost)
+            if could_be < MAX_ENDED or time.monotonic() >= deadline:
+                return
+            time.sleep(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
         unknown = []
         for connection, instance in self._lost:
             has_ended = connection.has_ended(instance)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from eagle3_client import poison
+from eagle3_client.instances import Instances
 from eagle3_client.poison import Losses
 from eagle3_schemas.errors import NotReady, PoisonRequest, TransportError
 
@@ -46,13 +48,35 @@ def test_a_server_that_lives_is_no_loss() -> None:
         losses.check()
 
 
-def test_a_server_nobody_can_tell_of_is_looked_at_again() -> None:
+def test_a_server_nobody_can_tell_of_is_looked_at_again_before_it_could_be_the_fourth() -> None:
     losses = Losses("id-1")
     for url in ("a", "b", "c"):
-        lose(losses, Mortal(url, None, True))
-    losses.check()
+        lose(losses, Mortal(url, None, None, True))
     with pytest.raises(PoisonRequest):
         losses.check()
+
+
+def test_nobody_can_tell_for_long_and_the_request_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poison, "_PATIENCE_S", 0.1)
+    losses = Losses("id-1")
+    connections = [Mortal(url, *[None] * 99) for url in ("a", "b", "c")]
+    for each in connections[:2]:
+        lose(losses, each)
+    losses.check()
+    assert [len(each.fates) for each in connections] == [98, 98, 99]  # two: no need to wait
+    lose(losses, connections[2])
+    losses.check()
+    assert len(connections[0].fates) < 97
+
+
+def test_an_answer_that_its_process_did_not_outlive_is_no_load_balancer() -> None:
+    instances = Instances()
+    instances.note("first", None)
+    instances.note("second", "first")
+    instances.note("first", "first")  # sent before the second was heard of
+    assert (instances.last, instances.is_balanced) == ("second", False)
+    instances.note("first", "second")
+    assert (instances.last, instances.is_balanced) == ("first", True)
 
 
 def test_what_was_not_sent_or_was_answered_is_no_loss() -> None:
