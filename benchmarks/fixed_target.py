@@ -15,8 +15,8 @@ from eagle3_schemas import DraftVocab, shift_left_with_zero
 from eagle3_schemas.aux_states import encode_aux
 from eagle3_schemas.draft_head import LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
-from eagle3_schemas.exchange import TokenBatch
 from eagle3_schemas.supervision import pack_bits
+from eagle3_schemas.tokens import TokenBatch
 from eagle3_server.engine import DeviceTensors, SupervisionJob, TargetDescription
 
 

@@ -32,9 +32,9 @@ from eagle3_client.results import RemoteBatchHandle, TargetEmbeddings
 from eagle3_client.submission import Submission
 from eagle3_schemas import DraftVocab, Eagle3TargetBackend, Eagle3TargetBatch, ModelInfo
 from eagle3_schemas.errors import InvalidRequest, VocabMappingMissing
-from eagle3_schemas.exchange import check_is_dense
 from eagle3_schemas.messages import AuxDtype, Rows
 from eagle3_schemas.tokenizer import HasVocab
+from eagle3_schemas.tokens import check_is_dense
 
 
 class RemoteEagle3Backend(Eagle3TargetBackend):

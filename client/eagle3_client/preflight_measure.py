@@ -17,8 +17,9 @@ from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.aux_states import aux_shapes
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import ProtocolMismatch
-from eagle3_schemas.exchange import TokenBatch, pack_request
+from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.tensors import DTYPES
+from eagle3_schemas.tokens import TokenBatch
 
 ROUND_TRIPS: Final = 9
 SURE_BYTES: Final = 4 << 20

@@ -20,7 +20,8 @@ from eagle3_schemas.errors import (
     TargetFailed,
     VocabMappingMissing,
 )
-from eagle3_schemas.exchange import TokenBatch, pack_request
+from eagle3_schemas.exchange import pack_request
+from eagle3_schemas.tokens import TokenBatch
 
 AUX_BOUND: Final = 0.05
 """Largest mean over tokens of |a - b| / |a| of an aux layer, between servers of one target."""

@@ -22,19 +22,13 @@ from eagle3_schemas.errors import (
     TransportError,
     VocabMappingMissing,
 )
-from eagle3_schemas.exchange import (
-    Supervision,
-    TokenBatch,
-    check_batch_shapes,
-    check_is_dense,
-    pack_request,
-    unpack_response,
-)
+from eagle3_schemas.exchange import Supervision, pack_request, unpack_response
 from eagle3_schemas.frame import EncodedFrame, Frame
 from eagle3_schemas.messages import SupervisionRequest
 from eagle3_schemas.packing import check_packing
 from eagle3_schemas.protocol import INSTANCE_HEADER
 from eagle3_schemas.tensors import DTYPES
+from eagle3_schemas.tokens import TokenBatch, check_batch_shapes, check_is_dense
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ def parse(kind: type[AnyMessage], fields: object) -> AnyMessage:
         raise InvalidRequest(f"{kind.__name__} is not valid: {problems}") from exc
 
 
-class SupervisionRequest(Message):
-    """Fields of a supervision request's frame.
+class BatchRequest(Message):
+    """Fields of every request that has a batch.
 
     Its tensors: `attention_mask` and `loss_mask` as bits ([ceil(B*T/8)] uint8, see `pack_bits`),
     and `input_ids` int32: [B*T], or, when `pad_token_id` is set, only the ids at positions where
@@ -68,12 +68,17 @@ class SupervisionRequest(Message):
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)]
     sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
     pad_token_id: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    exact: bool = False
+
+
+class SupervisionRequest(BatchRequest):
+    """Fields of a supervision request's frame; its tensors are those of `BatchRequest`."""
+
     draft_vocab_digest: Digest
     aux_layer_ids: Annotated[tuple[int, ...], Field(max_length=256)] | None = None
     encoding: EncodingName = "probs"
     rows: Rows = "position_mask"
     aux_dtype: AuxDtype = "model"
-    exact: bool = False
 
 
 class SupervisionResponse(Message):

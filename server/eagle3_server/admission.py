@@ -9,10 +9,10 @@ import torch
 
 from eagle3_schemas import DraftVocab, validate_aux_layer_ids
 from eagle3_schemas.errors import InvalidRequest, LimitExceeded, PackingUnsupported
-from eagle3_schemas.exchange import unpack_request
 from eagle3_schemas.frame import decode
 from eagle3_schemas.messages import Limits, SupervisionRequest, parse
 from eagle3_schemas.supervision import unpack_bits
+from eagle3_schemas.tokens import unpack_tokens
 from eagle3_server.engine import SupervisionJob, TargetDescription
 from eagle3_server.vocab import DraftVocabRegistry
 
@@ -61,7 +61,7 @@ def admit_supervision(
             " when the server started (deterministic in model info). Drop exact, or serve with "
             "other kernels (--attn-implementation eager) or on another device"
         )
-    batch = unpack_request(request, frame)
+    batch = unpack_tokens(request, frame)
     longest = limits.max_sequence_length
     length, what = request.sequence_length, "sequences"
     if batch.seq_lens is not None:

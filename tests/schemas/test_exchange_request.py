@@ -10,14 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_schemas.exchange import (
-    TokenBatch,
-    check_batch_shapes,
-    pack_request,
-    unpack_request,
-)
+from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.frame import Frame, decode
 from eagle3_schemas.messages import SupervisionRequest, parse
+from eagle3_schemas.tokens import TokenBatch, check_batch_shapes, unpack_tokens
 
 PROPERTY = settings()  # the profile of tests/conftest.py
 DIGEST = "ab" * 32
@@ -48,7 +44,7 @@ def test_any_batch_comes_back_as_it_was(batch: TokenBatch) -> None:
     request, frame = pack_request(batch, **FIELDS)
     received = decode(frame.to_bytes())
     assert parse(SupervisionRequest, received.fields) == request
-    back = unpack_request(request, received)
+    back = unpack_tokens(request, received)
     for name in ("input_ids", "attention_mask", "loss_mask"):
         sent, got = getattr(batch, name), getattr(back, name)
         assert got.dtype is sent.dtype
@@ -161,10 +157,10 @@ def test_a_request_whose_tensors_do_not_fit_its_fields_is_refused(
     request, _ = pack_request(PADDED, **FIELDS)
     tensors = {k: v for k, v in {**REQUEST_TENSORS, **changes}.items() if v is not None}
     with pytest.raises(InvalidRequest, match=message):
-        unpack_request(request, Frame({}, tensors))
+        unpack_tokens(request, Frame({}, tensors))
 
 
 def test_a_batch_size_beyond_the_tensors_is_refused_before_it_is_built() -> None:
     lie = parse(SupervisionRequest, {**FIELDS, "batch_size": 1 << 20, "sequence_length": 1 << 24})
     with pytest.raises(InvalidRequest, match=r"must be \[2199023255552\] bytes of bits; got \[1\]"):
-        unpack_request(lie, Frame({}, REQUEST_TENSORS))
+        unpack_tokens(lie, Frame({}, REQUEST_TENSORS))

@@ -12,15 +12,10 @@ from eagle3_schemas.aux_states import encode_aux
 from eagle3_schemas.draft_head import DraftHead, LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import MalformedPayload
-from eagle3_schemas.exchange import (
-    Supervision,
-    TokenBatch,
-    pack_request,
-    rows_on_wire,
-    unpack_response,
-)
+from eagle3_schemas.exchange import Supervision, pack_request, rows_on_wire, unpack_response
 from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.supervision import pack_bits
+from eagle3_schemas.tokens import TokenBatch
 
 PROPERTY = settings()  # the profile of tests/conftest.py
 DIGEST = "ab" * 32

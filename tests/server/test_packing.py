@@ -11,8 +11,9 @@ from tests.families.packing import packed_job
 
 from eagle3_client import LimitExceeded
 from eagle3_schemas.errors import InvalidRequest, PackingUnsupported
-from eagle3_schemas.exchange import TokenBatch, pack_request
+from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.packing import Document, restarting_positions
+from eagle3_schemas.tokens import TokenBatch
 from eagle3_server import HFEagle3TargetModel, TransformersTarget, packing
 from eagle3_server.packing import Packing, find_packing, grouped
 

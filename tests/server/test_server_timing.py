@@ -10,8 +10,9 @@ import torch
 
 from eagle3_client.connection import Connection
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.exchange import TokenBatch, pack_request
+from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.protocol import MODEL_PATH, SERVER_TIMING_HEADER, SUPERVISION_PATH
+from eagle3_schemas.tokens import TokenBatch
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from eagle3_client import InvalidRequest
 from eagle3_client.connection import Connection
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.exchange import TokenBatch, pack_request
+from eagle3_schemas.exchange import pack_request
+from eagle3_schemas.tokens import TokenBatch
 
 V = 131
 ENCODINGS = ["probs", "logits", "hidden"]

@@ -15,10 +15,11 @@ import torch
 from tests.seeded_target import D, V, answer_of, inputs_of
 
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.exchange import TokenBatch, pack_request
+from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.protocol import FRAME_MEDIA_TYPE
 from eagle3_schemas.supervision import pack_bits
+from eagle3_schemas.tokens import TokenBatch
 
 PATIENCE_S = 60.0
 VOCAB = DraftVocab.from_ids(torch.arange(D))
