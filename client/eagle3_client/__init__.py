@@ -13,6 +13,7 @@ from eagle3_client.pace import PrefetchStats
 from eagle3_client.prefetch import Prefetch
 from eagle3_client.preflight_report import PreflightReport
 from eagle3_client.results import RemoteBatchHandle
+from eagle3_schemas.capture import Capture
 from eagle3_schemas.errors import (
     DeadlineExceeded,
     FingerprintMismatch,
@@ -30,9 +31,12 @@ from eagle3_schemas.errors import (
     Unauthorized,
     VocabMappingMissing,
 )
+from eagle3_schemas.target_head import FinalNorm, TargetHead
 
 __all__ = [
+    "Capture",
     "DeadlineExceeded",
+    "FinalNorm",
     "FingerprintMismatch",
     "InvalidRequest",
     "LimitExceeded",
@@ -50,6 +54,7 @@ __all__ = [
     "RemoteEagle3Error",
     "SpecForgeMapping",
     "TargetFailed",
+    "TargetHead",
     "TransportError",
     "Unauthorized",
     "VocabMappingMissing",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import httpx
 import torch
 
+from eagle3_client.capturing import CaptureCalls
 from eagle3_client.config import (
     DEFAULT_RETRY_FOR_S,
     DEFAULT_TIMEOUT_S,
@@ -20,7 +21,6 @@ from eagle3_client.config import (
 from eagle3_client.device import hand_over
 from eagle3_client.dispatch import Dispatcher
 from eagle3_client.draft_config import draft_config
-from eagle3_client.pace import choose_depth
 from eagle3_client.prefetch import Batch, Prefetch
 from eagle3_client.preflight import (
     DEFAULT_SUPERVISED_SHARE,
@@ -37,7 +37,7 @@ from eagle3_schemas.tokenizer import HasVocab
 from eagle3_schemas.tokens import check_is_dense
 
 
-class RemoteEagle3Backend(Eagle3TargetBackend):
+class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
     """A remote target that a trainer uses as if it were local. Thread-safe; a context manager.
 
     Nothing is sent before the first call. Call `set_vocab_mapping` before the first batch. Failures
@@ -324,7 +324,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         position_ids: torch.Tensor | None = None,
         seq_lens: torch.Tensor | None = None,
         doc_remaining: torch.Tensor | None = None,
-    ) -> RemoteBatchHandle:
+    ) -> RemoteBatchHandle[Eagle3TargetBatch]:
         """Start `generate_batch` and return a handle; arguments are copied before it returns.
 
         A request beyond `num_remote_servers`, or a prefetch's depth, waits. Bad arguments raise
@@ -337,7 +337,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
 
     def prefetch(
         self, batches: Iterable[Batch], depth: int | Literal["auto"] = 2
-    ) -> Prefetch[Batch]:
+    ) -> Prefetch[Batch, Eagle3TargetBatch]:
         """Iterate over `(batch, its supervision)` in order, with `depth` requests in flight.
 
         Several prefetches, and other requests, may run at once; they share the worker threads. Each
@@ -356,12 +356,7 @@ class RemoteEagle3Backend(Eagle3TargetBackend):
         Raises:
             InvalidRequest: `depth` is neither, or above `max_in_flight`; `batches` not iterable.
         """
-        self._dispatcher.check_usable()
-        chosen = choose_depth(
-            depth, len(self._dispatcher.fleet.members.all), self._settings.max_in_flight
-        )
-        allow = self._dispatcher.allow_in_flight
-        return Prefetch(self.generate_batch_async, batches, chosen, allow_in_flight=allow)
+        return self._dispatcher.prefetch(self.generate_batch_async, batches, depth)
 
     def close(self) -> None:
         """End all requests and close the sockets; safe to repeat, affects no other client."""

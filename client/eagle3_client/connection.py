@@ -42,6 +42,7 @@ from eagle3_schemas.protocol import (
     REQUEST_ID_HEADER,
     SERVER_TIMING_HEADER,
     SUPERVISION_PATH,
+    TARGET_HEAD_PATH,
 )
 from eagle3_schemas.supervision import pack_bits
 from eagle3_schemas.tensors import byte_view
@@ -186,6 +187,10 @@ class Connection:
         """Download the input embeddings: a frame with `weight`."""
         return self._decode(self._send("GET", EMBEDDINGS_PATH))
 
+    def target_head(self) -> Frame:
+        """Download the whole head and the final norm: a frame with `weight` and others."""
+        return self._decode(self._send("GET", TARGET_HEAD_PATH))
+
     def draft_head(self, digest: str) -> Frame:
         """Download a registered draft vocab's head: `weight` [D, H], maybe `bias` [D]."""
         return self._decode(self._send("GET", DRAFT_HEAD_PATH.format(digest=digest)))
@@ -195,10 +200,11 @@ class Connection:
         frame: EncodedFrame,
         request_id: str,
         heard: Callable[[httpx.Headers], None] | None = None,
+        path: str = SUPERVISION_PATH,
     ) -> Frame:
-        """Send one supervision request and wait for its response; `heard` is given its headers."""
+        """Send one request with a batch and wait for its response; `heard` is given its headers."""
         return self._decode(
-            self._send("POST", SUPERVISION_PATH, frame, request_id, take=self._take, heard=heard)
+            self._send("POST", path, frame, request_id, take=self._take, heard=heard)
         )
 
     def supervise_timed(self, frame: EncodedFrame, request_id: str) -> TimedAnswer:
@@ -273,14 +279,14 @@ class Connection:
                 headers=headers,
                 content=content,
                 timeout=timeout,
-                extensions={"may_repeat": path != SUPERVISION_PATH},
+                extensions={"may_repeat": method != "POST"},
             ) as response:
                 self.instances.note(response.headers.get(INSTANCE_HEADER), last_at_sending)
                 if response.status_code != 200:
                     raise problem_error(response, self.url, hide=self._token)
                 if heard is not None:
                     heard(response.headers)
-                body = self._receive(response, take)
+                body = receive(response, take, self.url)
         except httpx.TransportError as exc:
             if self._http.is_closed:
                 raise RemoteEagle3Error("the backend was closed", url=self.url) from exc
@@ -292,7 +298,3 @@ class Connection:
         with self._lock:
             self.bytes_received += body.numel()
         return body
-
-    def _receive(self, response: httpx.Response, take: Take) -> torch.Tensor:
-        """Read a body straight into one buffer of its announced length."""
-        return receive(response, take, self.url)

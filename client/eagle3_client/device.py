@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from eagle3_schemas import Eagle3TargetBatch
+from eagle3_schemas.capture import Capture
 from eagle3_schemas.host_buffers import HostBuffers
+
+AnyBatch = TypeVar("AnyBatch", Eagle3TargetBatch, Capture)
 
 _own = threading.local()
 
@@ -40,13 +44,17 @@ def beside_the_trainer(device: torch.device) -> Iterator[None]:
         stream.synchronize()
 
 
-def hand_over(batch: Eagle3TargetBatch) -> Eagle3TargetBatch:
+def hand_over(batch: AnyBatch) -> AnyBatch:
     """Tell the allocator that the caller's stream uses a batch that another stream made.
 
     Otherwise a tensor the trainer has dropped, with kernels that read it still queued, would be
     written over by the next batch. Call it on the thread that trains.
     """
-    tensors = (batch.aux_hidden_states, batch.target_probs, batch.position_mask)
+    tensors: Iterable[torch.Tensor | None]
+    if isinstance(batch, Capture):
+        tensors = batch.outputs.values()
+    else:
+        tensors = (batch.aux_hidden_states, batch.target_probs, batch.position_mask)
     for tensor in tensors:
         if tensor is not None and tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))

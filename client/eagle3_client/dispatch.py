@@ -5,25 +5,30 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import httpx
 import torch
 
 from eagle3_client.config import ClientSettings
+from eagle3_client.connection import Connection
 from eagle3_client.daemons import close_at_exit
+from eagle3_client.device import AnyBatch
 from eagle3_client.disk_cache import FrameCache
 from eagle3_client.fleet import Fleet
 from eagle3_client.health import HealthWatch
+from eagle3_client.pace import choose_depth
 from eagle3_client.poison import Losses
+from eagle3_client.prefetch import Answer, Handle, Prefetch
+from eagle3_client.prefetch import Batch as Pulled
 from eagle3_client.results import RemoteBatchHandle
 from eagle3_client.retry import Cancellation, Retrier
-from eagle3_client.submission import Submission
+from eagle3_client.submission import as_mismatch
 from eagle3_client.workers import DaemonWorkers
-from eagle3_schemas import DraftVocab, Eagle3TargetBatch, ModelInfo
+from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.errors import (
     InvalidRequest,
     MalformedPayload,
@@ -32,12 +37,28 @@ from eagle3_schemas.errors import (
     RemoteEagle3Error,
     TransportError,
 )
-from eagle3_schemas.exchange import Supervision
 from eagle3_schemas.frame import Frame
+from eagle3_schemas.target_head import unpack_target_head
 
 Result = TypeVar("Result")
+Received = TypeVar("Received")
+Batch = TypeVar("Batch", covariant=True)
 
 _MAX_MALFORMED = 4
+
+
+class Sent(Protocol[Received, Batch]):
+    """A request with a batch, bound to what it needs; `Submission` and `CaptureSubmission`."""
+
+    @property
+    def request_id(self) -> str:
+        """Its id in both sides' logs."""
+
+    def attempt(self, fleet: Fleet, connection: Connection, info: ModelInfo) -> Received:
+        """Send it to a server, and rebuild what came."""
+
+    def batch(self, received: Received, /) -> Batch:
+        """Join that with the inputs."""
 
 
 class Dispatcher:
@@ -133,6 +154,24 @@ class Dispatcher:
 
         return self.call(attempt, "input embeddings")
 
+    def target_head(self) -> Frame:
+        """Return the frame of the target's head, from the cache or a server.
+
+        Raises:
+            ProtocolMismatch: the answer is none.
+        """
+        info = self.model_info()
+
+        def download() -> Frame:
+            with self.fleet.lend() as connection:
+                frame = connection.target_head()
+            self.fleet.check_fingerprint(frame.fields.get("fingerprint"), connection.url)
+            with as_mismatch(connection, None):  # a wrong one must not stay on disk
+                unpack_target_head(frame, info.vocab_size, info.hidden_size, torch.device("cpu"))
+            return frame
+
+        return self.call(lambda: self._cached("target_head", "", download), "target head")
+
     def _cached(self, kind: str, name: str, download: Callable[[], Frame]) -> Frame:
         """Keep what depends on the target and `name` alone on disk, if there is a `cache_dir`."""
         if self._cache is None:
@@ -162,14 +201,14 @@ class Dispatcher:
                 connection.ensure_registered(vocab, vocab_size)
 
     def deliver(
-        self, submission: Submission, cancellation: Cancellation | None = None
-    ) -> Eagle3TargetBatch:
-        """Get a submission's supervision here, repeating it on failures that pass."""
+        self, submission: Sent[Received, AnyBatch], cancellation: Cancellation | None = None
+    ) -> AnyBatch:
+        """Get a submission's answer here, repeating it on failures that pass."""
         info = self.model_info()
         losses = Losses(submission.request_id)
         malformed = itertools.count(1)
 
-        def attempt() -> Supervision:
+        def attempt() -> Received:
             losses.check()
             try:
                 with self.fleet.lend() as connection, losses.noted(connection):
@@ -182,7 +221,7 @@ class Dispatcher:
         what = f"request {submission.request_id}"
         return submission.batch(self._retrier.call(attempt, what, cancellation))
 
-    def submit(self, submission: Submission) -> RemoteBatchHandle:
+    def submit(self, submission: Sent[Received, AnyBatch]) -> RemoteBatchHandle[AnyBatch]:
         """Deliver a submission on a worker thread."""
         cancellation = Cancellation()
         future = self._workers.submit(lambda: self.deliver(submission, cancellation))
@@ -191,6 +230,17 @@ class Dispatcher:
     def allow_in_flight(self, count: int) -> None:
         """Send up to `count` requests at once from now on, if that is more than before."""
         self._workers.grow(count)
+
+    def prefetch(
+        self,
+        submit: Callable[..., Handle[Answer]],
+        batches: Iterable[Pulled],
+        depth: int | Literal["auto"],
+    ) -> Prefetch[Pulled, Answer]:
+        """Return an iterator that submits batches ahead; see `RemoteEagle3Backend.prefetch`."""
+        self.check_usable()
+        chosen = choose_depth(depth, len(self.fleet.members.all), self._settings.max_in_flight)
+        return Prefetch(submit, batches, chosen, allow_in_flight=self.allow_in_flight)
 
     def close(self) -> None:
         """End all requests and close the sockets; safe to repeat."""

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from eagle3_client.pace import Depth, PrefetchStats
-from eagle3_schemas import Eagle3TargetBatch
-from eagle3_schemas.backend import BatchHandle
 from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 
 Batch = TypeVar("Batch", bound="Mapping[str, Any] | Sequence[Any]")
+Answer = TypeVar("Answer", covariant=True)
 
 logger = logging.getLogger("eagle3_client")
 
@@ -28,8 +27,20 @@ _REQUIRED = ("input_ids", "attention_mask", "loss_mask")
 _OPTIONAL = ("position_ids", "seq_lens", "doc_remaining")
 
 
-class Prefetch(Generic[Batch]):
-    """Yields `(batch, Eagle3TargetBatch)` in order; `RemoteEagle3Backend.prefetch` makes one.
+class Handle(Protocol[Answer]):
+    """An answer on its way; as `BatchHandle`."""
+
+    def result(self, timeout: float | None = None) -> Answer:
+        """Wait for it."""
+
+    def cancel(self) -> bool:
+        """Drop the request if it has not started."""
+
+
+class Prefetch(Generic[Batch, Answer]):
+    """Yields batches with their answers in order: `RemoteEagle3Backend.prefetch` makes one.
+
+    The answer is an `Eagle3TargetBatch`, or from `prefetch_capture` a `Capture`.
 
     An iterator and a context manager. Nothing is pulled or sent before the first `next`. Whenever
     the consumer has a batch, `depth` requests for the next ones are in flight; at most `depth` + 1
@@ -46,7 +57,7 @@ class Prefetch(Generic[Batch]):
     One consumer at a time; `close` and `stats` may be used from any thread.
 
     Args:
-        submit: `generate_batch_async` of the backend.
+        submit: `generate_batch_async` of the backend, or one like it.
         batches: what `RemoteEagle3Backend.prefetch` documents.
         depth: how many requests are in flight.
         allow_in_flight: told the depth before that many requests are submitted.
@@ -55,7 +66,7 @@ class Prefetch(Generic[Batch]):
 
     def __init__(
         self,
-        submit: Callable[..., BatchHandle],
+        submit: Callable[..., Handle[Answer]],
         batches: Iterable[Batch],
         depth: Depth,
         *,
@@ -67,7 +78,7 @@ class Prefetch(Generic[Batch]):
         self._allow_in_flight = allow_in_flight
         self._clock = clock
         self._pid = os.getpid()
-        self._ahead: deque[tuple[Batch | None, BatchHandle]] = deque()
+        self._ahead: deque[tuple[Batch | None, Handle[Answer]]] = deque()
         self._source: Iterator[Batch] | None = None
         self._pulled = 0
         self._is_over = False
@@ -86,11 +97,11 @@ class Prefetch(Generic[Batch]):
         """What the consumer waited for so far, and the depth now; cheap."""
         return self._stats
 
-    def __iter__(self) -> Prefetch[Batch]:
+    def __iter__(self) -> Prefetch[Batch, Answer]:
         """Return the prefetch itself."""
         return self
 
-    def __enter__(self) -> Prefetch[Batch]:
+    def __enter__(self) -> Prefetch[Batch, Answer]:
         """Return the prefetch itself."""
         return self
 
@@ -98,7 +109,7 @@ class Prefetch(Generic[Batch]):
         """Close the prefetch."""
         self.close()
 
-    def __next__(self) -> tuple[Batch, Eagle3TargetBatch]:
+    def __next__(self) -> tuple[Batch, Answer]:
         """Return the next batch as it was pulled, with its supervision on the backend's device.
 
         Raises:
@@ -140,7 +151,7 @@ class Prefetch(Generic[Batch]):
                 break
             handle.cancel()
 
-    def _next(self) -> tuple[Batch, Eagle3TargetBatch]:
+    def _next(self) -> tuple[Batch, Answer]:
         asked_at = self._clock()
         if self._delivered_at is None:
             self._fill()
@@ -216,7 +227,7 @@ class _Failed:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
+    def result(self, timeout: float | None = None) -> Any:
         try:
             raise self._error
         finally:

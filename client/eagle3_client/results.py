@@ -6,12 +6,12 @@ import os
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
-from eagle3_client.device import hand_over
+from eagle3_client.device import AnyBatch, hand_over
 from eagle3_client.retry import Cancellation
-from eagle3_schemas import Eagle3TargetBatch
 from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 
 
@@ -48,15 +48,15 @@ class TargetEmbeddings:
         return module
 
 
-class RemoteBatchHandle:
-    """An `Eagle3TargetBatch` on its way; see `BatchHandle`."""
+class RemoteBatchHandle(Generic[AnyBatch]):
+    """An `Eagle3TargetBatch`, or a `Capture`, on its way; see `BatchHandle`."""
 
-    def __init__(self, future: Future[Eagle3TargetBatch], cancellation: Cancellation) -> None:
-        self._future = future
+    def __init__(self, future: Future[AnyBatch], cancellation: Cancellation) -> None:
+        self._future: Future[AnyBatch] = future
         self._cancellation = cancellation
         self._pid = os.getpid()
 
-    def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
+    def result(self, timeout: float | None = None) -> AnyBatch:
         """Wait up to `timeout` seconds for the batch, on the backend's device.
 
         On a GPU the caller's current stream may use it at once.

@@ -40,16 +40,40 @@ def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_hidden_layers: int)
     if (
         len(ids) != NUM_AUX_LAYERS
         or len(set(ids)) != NUM_AUX_LAYERS
-        or not all(
-            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_hidden_layers
-            for i in ids
-        )
+        or not all(_is_layer(i, num_hidden_layers) for i in ids)
     ):
         raise InvalidRequest(
             f"aux_layer_ids must be {NUM_AUX_LAYERS} distinct ids in [0, {num_hidden_layers}) "
             f"(id i is the output of decoder layer i); got {list(ids)}"
         )
     return ids
+
+
+def validate_layer_ids(layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
+    """Return the ids as a tuple if they are distinct decoder layers, in any number but none.
+
+    Raises:
+        InvalidRequest: none, a repeated one, or one out of range.
+    """
+    ids = tuple(layer_ids)
+    if (
+        not ids
+        or len(set(ids)) != len(ids)
+        or not all(_is_layer(i, num_hidden_layers) for i in ids)
+    ):
+        raise InvalidRequest(
+            f"aux_layer_ids must be distinct ids in [0, {num_hidden_layers}), at least one (id i "
+            f"is the output of decoder layer i); got {list(ids)}"
+        )
+    return ids
+
+
+def _is_layer(layer_id: object, num_hidden_layers: int) -> bool:
+    return (
+        isinstance(layer_id, int)
+        and not isinstance(layer_id, bool)
+        and 0 <= layer_id < num_hidden_layers
+    )
 
 
 def to_layer_inputs(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:

@@ -100,18 +100,32 @@ class SupervisionResponse(Message):
     aux_dtype: AuxDtype
 
 
-class DraftHeadFields(Message):
-    """Fields of a draft head's frame; its tensors: `weight` [D, H] and, if any, `bias` [D].
-
-    What follows the head: upcast to float32, `multiply`, `divide`, `softcap`, in this order.
-    """
+class HeadFields(Message):
+    """What follows a head: upcast to float32, `multiply`, `divide`, `softcap`, in this order."""
 
     fingerprint: str
-    draft_vocab_digest: Digest
     upcast: bool
     multiply: float | None
     divide: float | None
     softcap: float | None
+
+
+class DraftHeadFields(HeadFields):
+    """Fields of a draft head's frame; its tensors: `weight` [D, H] and, if any, `bias` [D]."""
+
+    draft_vocab_digest: Digest
+
+
+class TargetHeadFields(HeadFields):
+    """Fields of a target head's frame.
+
+    Its tensors: `weight` [V, H] and, if any, `bias` [V], `norm_weight` [H], `norm_bias` [H]. The
+    norm is as `NormForm` in `target_head.py` describes; None: of no form known.
+    """
+
+    norm: Literal["rms", "layer"] | None
+    norm_eps: float | None
+    norm_gain_in_float32: bool
 
 
 class Limits(Message):
@@ -171,6 +185,10 @@ class ModelInfo(Message):
     document as a row of its own, as they are without `exact`. None: they are refused."""
     packing_reason: str | None = None
     """Why it is not `masked`, or None."""
+    outputs: dict[str, str] = {}
+    """What `POST /v1/capture` gives of this target: each output's shape, dtype and convention."""
+    outputs_reason: str | None = None
+    """Why some of `eagle3_schemas.capture.OUTPUTS` are not among them, or None."""
     limits: Limits
 
 

@@ -18,7 +18,11 @@ MODEL_PATH: Final = "/v1/model"
 DRAFT_VOCAB_PATH: Final = "/v1/draft-vocabs/{digest}"
 DRAFT_HEAD_PATH: Final = "/v1/draft-vocabs/{digest}/head"
 EMBEDDINGS_PATH: Final = "/v1/input-embeddings"
+TARGET_HEAD_PATH: Final = "/v1/head"
 SUPERVISION_PATH: Final = "/v1/supervision"
+CAPTURE_PATH: Final = "/v1/capture"
+BATCH_PATHS: Final = (SUPERVISION_PATH, CAPTURE_PATH)
+"""Where batches are computed."""
 
 STATUS_PATH: Final = "/v1/status"
 METRICS_PATH: Final = "/metrics"

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 
 from eagle3_schemas import DraftVocab, validate_aux_layer_ids
+from eagle3_schemas.aux_layers import validate_layer_ids
+from eagle3_schemas.capture import DRAFT_VOCAB_OUTPUTS, OUTPUTS, CaptureRequest, check_outputs
 from eagle3_schemas.errors import InvalidRequest, LimitExceeded, PackingUnsupported
-from eagle3_schemas.frame import decode
-from eagle3_schemas.messages import Limits, SupervisionRequest, parse
+from eagle3_schemas.frame import Frame, decode
+from eagle3_schemas.messages import BatchRequest, Limits, SupervisionRequest, parse
 from eagle3_schemas.supervision import unpack_bits
-from eagle3_schemas.tokens import unpack_tokens
-from eagle3_server.engine import SupervisionJob, TargetDescription
+from eagle3_schemas.tokens import TokenBatch, unpack_tokens
+from eagle3_server.engine import CaptureJob, SupervisionJob, TargetDescription
 from eagle3_server.vocab import DraftVocabRegistry
 
 
@@ -39,13 +41,7 @@ def admit_supervision(
     # First, so that a client of another model that was served here asks what is served now, rather
     # than reads about this model's limits.
     draft_vocab = registry.get(request.draft_vocab_digest)
-    tokens = request.batch_size * request.sequence_length
-    if tokens > limits.max_tokens_per_request:
-        raise LimitExceeded(
-            f"a request may have {limits.max_tokens_per_request} tokens (max_tokens_per_request); "
-            f"got {request.batch_size} x {request.sequence_length} = {tokens}. Send smaller "
-            "batches, or raise the limit on the server (EAGLE3_MAX_TOKENS_PER_REQUEST)"
-        )
+    _check_size(request, limits)
     if request.encoding not in description.encodings:
         raise InvalidRequest(
             f"encoding must be one of {list(description.encodings)} for this target; got "
@@ -55,32 +51,8 @@ def admit_supervision(
         raise InvalidRequest(
             f"exact=True forbids aux_dtype {request.aux_dtype!r}, which is lossy; drop either"
         )
-    if request.exact and deterministic is False:
-        raise InvalidRequest(
-            f"exact=True cannot be had: two runs of one batch differed on {description.device_name}"
-            " when the server started (deterministic in model info). Drop exact, or serve with "
-            "other kernels (--attn-implementation eager) or on another device"
-        )
-    batch = unpack_tokens(request, frame)
-    longest = limits.max_sequence_length
-    length, what = request.sequence_length, "sequences"
-    if batch.seq_lens is not None:
-        if description.packing is None:
-            raise PackingUnsupported(
-                "this target takes no packed rows (packing in model info is none); send one "
-                "document per row"
-            )
-        length, what = int(batch.seq_lens.max()), "documents"
-    if longest is not None and length > longest:
-        raise LimitExceeded(
-            f"the target has {longest} learned positions; got {what} of {length}. Cut the {what}"
-        )
-    lowest, highest = int(batch.input_ids.min()), int(batch.input_ids.max())
-    if lowest < 0 or highest >= description.input_vocab_size:
-        raise InvalidRequest(
-            f"input_ids must be in [0, {description.input_vocab_size}), padding included; got "
-            f"ids from {lowest} to {highest}. Use this target's tokenizer, and a valid pad id"
-        )
+    _check_exact(request, description, deterministic)
+    batch = _admit_batch(request, frame, description, limits)
     aux_layer_ids = request.aux_layer_ids
     if aux_layer_ids is None:
         aux_layer_ids = description.aux_layer_ids
@@ -101,6 +73,98 @@ def admit_supervision(
         exact=request.exact,
         seq_lens=batch.seq_lens,
     )
+
+
+def admit_capture(
+    body: bytearray,
+    description: TargetDescription,
+    limits: Limits,
+    registry: DraftVocabRegistry,
+    *,
+    deterministic: bool | None = None,
+) -> tuple[CaptureRequest, CaptureJob]:
+    """Decode and check a capture request; as `admit_supervision`."""
+    frame = decode(body)
+    request = parse(CaptureRequest, frame.fields)
+    draft_vocab = None
+    if request.draft_vocab_digest is not None:
+        draft_vocab = registry.get(request.draft_vocab_digest)
+    _check_size(request, limits)
+    outputs = check_outputs(request.outputs, {name: OUTPUTS[name] for name in description.outputs})
+    needs_vocab = not DRAFT_VOCAB_OUTPUTS.isdisjoint(outputs)
+    if needs_vocab != (draft_vocab is not None):
+        raise InvalidRequest(
+            f"draft_vocab_digest goes with outputs out of {sorted(DRAFT_VOCAB_OUTPUTS)}, and only "
+            f"with them; got {request.draft_vocab_digest} with {list(outputs)}"
+        )
+    aux_layer_ids: tuple[int, ...] = ()
+    if "aux" in outputs:
+        aux_layer_ids = validate_layer_ids(request.aux_layer_ids, description.num_hidden_layers)
+    elif request.aux_layer_ids:
+        raise InvalidRequest(
+            f"aux_layer_ids go with the output 'aux'; got {list(request.aux_layer_ids)} with "
+            f"{list(outputs)}. Ask for it, or name no layers"
+        )
+    _check_exact(request, description, deterministic)
+    batch = _admit_batch(request, frame, description, limits)
+    return request, CaptureJob(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        loss_mask=batch.loss_mask,
+        aux_layer_ids=aux_layer_ids,
+        exact=request.exact,
+        outputs=outputs,
+        draft_vocab=draft_vocab,
+        seq_lens=batch.seq_lens,
+    )
+
+
+def _check_size(request: BatchRequest, limits: Limits) -> None:
+    tokens = request.batch_size * request.sequence_length
+    if tokens > limits.max_tokens_per_request:
+        raise LimitExceeded(
+            f"a request may have {limits.max_tokens_per_request} tokens (max_tokens_per_request); "
+            f"got {request.batch_size} x {request.sequence_length} = {tokens}. Send smaller "
+            "batches, or raise the limit on the server (EAGLE3_MAX_TOKENS_PER_REQUEST)"
+        )
+
+
+def _check_exact(
+    request: BatchRequest, description: TargetDescription, deterministic: bool | None
+) -> None:
+    if request.exact and deterministic is False:
+        raise InvalidRequest(
+            f"exact=True cannot be had: two runs of one batch differed on {description.device_name}"
+            " when the server started (deterministic in model info). Drop exact, or serve with "
+            "other kernels (--attn-implementation eager) or on another device"
+        )
+
+
+def _admit_batch(
+    request: BatchRequest, frame: Frame, description: TargetDescription, limits: Limits
+) -> TokenBatch:
+    """Rebuild a batch whose size was checked, and check what the target can take of it."""
+    batch = unpack_tokens(request, frame)
+    longest = limits.max_sequence_length
+    length, what = request.sequence_length, "sequences"
+    if batch.seq_lens is not None:
+        if description.packing is None:
+            raise PackingUnsupported(
+                "this target takes no packed rows (packing in model info is none); send one "
+                "document per row"
+            )
+        length, what = int(batch.seq_lens.max()), "documents"
+    if longest is not None and length > longest:
+        raise LimitExceeded(
+            f"the target has {longest} learned positions; got {what} of {length}. Cut the {what}"
+        )
+    lowest, highest = int(batch.input_ids.min()), int(batch.input_ids.max())
+    if lowest < 0 or highest >= description.input_vocab_size:
+        raise InvalidRequest(
+            f"input_ids must be in [0, {description.input_vocab_size}), padding included; got "
+            f"ids from {lowest} to {highest}. Use this target's tokenizer, and a valid pad id"
+        )
+    return batch
 
 
 def admit_draft_vocab(body: bytearray, digest: str, vocab_size: int) -> DraftVocab:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib.metadata import version
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,16 +16,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from eagle3_schemas.capture import CaptureResponse
 from eagle3_schemas.errors import RemoteEagle3Error
 from eagle3_schemas.frame import encode
 from eagle3_schemas.messages import (
+    BatchRequest,
     DraftHeadFields,
     DraftVocabInfo,
     ModelInfo,
     ServerStatus,
     SupervisionResponse,
+    TargetHeadFields,
 )
 from eagle3_schemas.protocol import (
+    CAPTURE_PATH,
     DRAFT_HEAD_PATH,
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
@@ -33,16 +39,26 @@ from eagle3_schemas.protocol import (
     READY_PATH,
     STATUS_PATH,
     SUPERVISION_PATH,
+    TARGET_HEAD_PATH,
 )
 from eagle3_server.accounting import Accounting
-from eagle3_server.admission import admit_draft_vocab, admit_supervision
+from eagle3_server.admission import admit_capture, admit_draft_vocab, admit_supervision
 from eagle3_server.asgi import FrameResponse, TokenGuard, problem_response, read_frame_body
 from eagle3_server.config import ServerSettings
-from eagle3_server.engine import Target
+from eagle3_server.engine import DeviceTensors, HostTensors, Job, Target, TargetDescription
 from eagle3_server.openapi import GIVES_FRAME, PROBLEMS, TAKES_FRAME, needs_token
 from eagle3_server.record import TokenCounts, record_of
-from eagle3_server.response_size import embeddings_bytes, head_bytes, supervision_bytes
+from eagle3_server.response_size import (
+    capture_bytes,
+    embeddings_bytes,
+    head_bytes,
+    supervision_bytes,
+    target_head_bytes,
+)
 from eagle3_server.service import Service
+
+AnyRequest = TypeVar("AnyRequest", bound=BatchRequest)
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 def create_app(
@@ -138,14 +154,27 @@ def create_app(
         vocab = service.draft_vocabs.get(digest)
         service.reserve_bytes(request, head_bytes(vocab, target.describe()))
         result = await service.compute(lambda: target.draft_head(vocab), request)
-        transform = target.describe().transform
         fields = DraftHeadFields(
             fingerprint=target.describe().fingerprint,
             draft_vocab_digest=vocab.digest,
-            upcast=transform.upcast,
-            multiply=transform.multiply,
-            divide=transform.divide,
-            softcap=transform.softcap,
+            **asdict(target.describe().transform),
+        )
+        return FrameResponse(encode(fields.model_dump(), result.tensors, result.checksums))
+
+    @app.get(TARGET_HEAD_PATH, response_class=Response, responses=GIVES_FRAME, dependencies=guarded)
+    async def target_head(request: Request) -> Response:
+        """The whole head and the final norm, a frame with `weight` [V, H] and what goes with it."""
+        target = service.loaded()
+        description = target.describe()
+        service.reserve_bytes(request, target_head_bytes(description))
+        result = await service.compute(target.target_head, request)
+        norm = description.norm
+        fields = TargetHeadFields(
+            fingerprint=description.fingerprint,
+            **asdict(description.transform),
+            norm=None if norm is None else norm.kind,
+            norm_eps=None if norm is None else norm.eps,
+            norm_gain_in_float32=norm is not None and norm.gain_in_float32,
         )
         return FrameResponse(encode(fields.model_dump(), result.tensors, result.checksums))
 
@@ -158,6 +187,31 @@ def create_app(
         fields = {"fingerprint": target.describe().fingerprint}
         return FrameResponse(encode(fields, result.tensors, result.checksums))
 
+    async def run_batch(
+        http_request: Request,
+        admit: Callable[..., tuple[AnyRequest, AnyJob]],
+        size: Callable[[AnyJob, TargetDescription], int],
+        work: Callable[[Target, AnyJob], DeviceTensors],
+    ) -> tuple[AnyRequest, AnyJob, HostTensors, str]:
+        """Admit and compute a batch; returns the target's fingerprint too."""
+        target = service.loaded()
+        description = target.describe()
+        body = await read_frame_body(http_request, settings.max_body_bytes, service.bytes)
+        request, job = await asyncio.to_thread(
+            admit,
+            body,
+            description,
+            service.limits(),
+            service.draft_vocabs,
+            deterministic=service.deterministic,
+        )
+        record = record_of(http_request)
+        record.held.enter_context(service.tokens.reserve(record.client, job.input_ids.numel()))
+        service.reserve_bytes(http_request, size(job, description))
+        result = await service.compute(lambda: work(target, job), http_request, body)
+        record.tokens = TokenCounts.of(job, result.tensors.get("position_mask"))
+        return request, job, result, description.fingerprint
+
     @app.post(
         SUPERVISION_PATH,
         response_class=Response,
@@ -167,31 +221,43 @@ def create_app(
     )
     async def supervision(http_request: Request) -> Response:
         """Aux hidden states and draft-vocab supervision for one batch."""
-        target = service.loaded()
-        description = target.describe()
-        body = await read_frame_body(http_request, settings.max_body_bytes, service.bytes)
-        request, job = await asyncio.to_thread(
+        request, job, result, fingerprint = await run_batch(
+            http_request,
             admit_supervision,
-            body,
-            description,
-            service.limits(),
-            service.draft_vocabs,
-            deterministic=service.deterministic,
+            supervision_bytes,
+            lambda target, job: target.supervise(job),
         )
-        record = record_of(http_request)
-        record.draft_vocab_digest = job.draft_vocab.digest
-        record.held.enter_context(service.tokens.reserve(record.client, job.input_ids.numel()))
-        service.reserve_bytes(http_request, supervision_bytes(job, description))
-        result = await service.compute(lambda: target.supervise(job), http_request, body)
-        record.tokens = TokenCounts.of(job, result.tensors["position_mask"])
+        record_of(http_request).draft_vocab_digest = request.draft_vocab_digest
         response = SupervisionResponse(
             request_id=request.request_id,
-            fingerprint=description.fingerprint,
+            fingerprint=fingerprint,
             draft_vocab_digest=job.draft_vocab.digest,
             aux_layer_ids=job.aux_layer_ids,
             encoding=job.encoding,
             rows=job.rows,
             aux_dtype=job.aux_dtype,
+        )
+        return FrameResponse(encode(response.model_dump(), result.tensors, result.checksums))
+
+    @app.post(
+        CAPTURE_PATH,
+        response_class=Response,
+        responses=GIVES_FRAME,
+        openapi_extra=TAKES_FRAME,
+        dependencies=guarded,
+    )
+    async def capture(http_request: Request) -> Response:
+        """Outputs of the target by name, for trainers other than EAGLE-3's."""
+        request, job, result, fingerprint = await run_batch(
+            http_request, admit_capture, capture_bytes, lambda target, job: target.capture(job)
+        )
+        record_of(http_request).draft_vocab_digest = request.draft_vocab_digest
+        response = CaptureResponse(
+            request_id=request.request_id,
+            fingerprint=fingerprint,
+            outputs=job.outputs,
+            aux_layer_ids=job.aux_layer_ids,
+            draft_vocab_digest=request.draft_vocab_digest,
         )
         return FrameResponse(encode(response.model_dump(), result.tensors, result.checksums))
 

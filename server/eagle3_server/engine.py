@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.draft_head import LogitsTransform
 from eagle3_schemas.messages import AuxDtype, EncodingName, Rows
+from eagle3_schemas.target_head import NormForm
 from eagle3_schemas.tensors import Checksum
 
 
@@ -42,22 +43,39 @@ class TargetDescription:
     packing_reason: str | None = None
     config_digest: str | None = None
     weights_digest: str | None = None
+    outputs: tuple[str, ...] = ()  # names of `OUTPUTS` that `capture` gives
+    outputs_reason: str | None = None  # why some, or the norm's form, are missing
+    norm: NormForm | None = None
 
 
 @dataclass(frozen=True)
-class SupervisionJob:
-    """One validated request; its tensors are [B, T] on the CPU."""
+class Job:
+    """One validated batch; its tensors are [B, T] on the CPU."""
 
     input_ids: torch.Tensor  # int64, every id within the embeddings
     attention_mask: torch.Tensor  # bool
     loss_mask: torch.Tensor  # bool, unshifted
     aux_layer_ids: tuple[int, ...]
+    exact: bool
+    seq_lens: torch.Tensor | None = field(default=None, kw_only=True)  # int64 [B, max_docs]
+
+
+@dataclass(frozen=True)
+class SupervisionJob(Job):
+    """A batch to supervise."""
+
     draft_vocab: DraftVocab
     encoding: EncodingName
     rows: Rows
     aux_dtype: AuxDtype
-    exact: bool
-    seq_lens: torch.Tensor | None = None  # int64 [B, max_docs], of packed rows
+
+
+@dataclass(frozen=True)
+class CaptureJob(Job):
+    """A batch of which some outputs are wanted."""
+
+    outputs: tuple[str, ...]
+    draft_vocab: DraftVocab | None
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,14 @@ class Target(Protocol):
             PackingUnsupported: packed rows that cannot be computed as asked for.
         """
 
+    def capture(self, job: CaptureJob) -> DeviceTensors:
+        """Run one job; `CaptureResponse` lists the tensors.
+
+        Raises:
+            TargetFailed: non-finite values, or the forward failed.
+            PackingUnsupported: packed rows that cannot be computed as asked for.
+        """
+
     def input_embeddings(self) -> DeviceTensors:
         """Return `weight` [input_vocab_size, H], model dtype."""
 
@@ -119,4 +145,11 @@ class Target(Protocol):
 
         Raises:
             InvalidRequest: the head is not a plain linear, so `hidden` is not offered.
+        """
+
+    def target_head(self) -> DeviceTensors:
+        """Return the whole head and the final norm, as `TargetHeadFields` lists them.
+
+        Raises:
+            InvalidRequest: the head is not a plain linear.
         """

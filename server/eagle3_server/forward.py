@@ -60,18 +60,16 @@ class ForwardResult:
         """The aux layers' outputs concatenated: a new [B, T, 3H]."""
         return torch.cat(self.aux_states, dim=-1)
 
-    def attended_aux(self, attention_mask: torch.Tensor) -> torch.Tensor:
+    def attended_aux(self, attention_mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
         """Return `aux_hidden_states` where `attention_mask` [B, T] bool is true: [n, 3H].
 
-        Layer by layer into one buffer: the states are never there twice.
+        Layer by layer into one buffer: the states are never there twice. `count` takes the first
+        so many layers alone.
         """
-        hidden_size = self.aux_states[0].shape[-1]
-        rows = self.aux_states[0].new_empty(
-            int(attention_mask.sum()), hidden_size * len(self.aux_states)
-        )
-        for part, states in zip(
-            torch.split(rows, hidden_size, dim=1), self.aux_states, strict=True
-        ):
+        layers = self.aux_states[:count]
+        hidden_size = layers[0].shape[-1]
+        rows = layers[0].new_empty(int(attention_mask.sum()), hidden_size * len(layers))
+        for part, states in zip(torch.split(rows, hidden_size, dim=1), layers, strict=True):
             part.copy_(states[attention_mask])
         return rows
 

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import torch
 
 from eagle3_schemas import AUX_LAYER_CONVENTION, ModelInfo
+from eagle3_schemas.capture import OUTPUTS
 from eagle3_schemas.messages import Limits
 from eagle3_server.engine import TargetDescription
 
@@ -41,5 +42,7 @@ def model_info(target: TargetDescription, limits: Limits, deterministic: bool | 
         weights_digest=target.weights_digest,
         packing=target.packing,
         packing_reason=target.packing_reason,
+        outputs={name: OUTPUTS[name] for name in target.outputs},
+        outputs_reason=target.outputs_reason,
         limits=limits,
     )

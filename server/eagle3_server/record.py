@@ -14,14 +14,14 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from eagle3_schemas.protocol import (
+    BATCH_PATHS,
     CLIENT_ID_HEADER,
     DEADLINE_HEADER,
     REQUEST_ID_HEADER,
     REQUEST_ID_PATTERN,
-    SUPERVISION_PATH,
 )
 from eagle3_schemas.tensors import byte_view
-from eagle3_server.engine import SupervisionJob
+from eagle3_server.engine import Job
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,17 @@ class TokenCounts:
     trained: int  # position_mask: supervised, and the target's argmax is in the draft vocab
 
     @classmethod
-    def of(cls, job: SupervisionJob, position_mask: torch.Tensor) -> TokenCounts:
-        """Count a job's positions; `position_mask` as bits, uint8, on the CPU."""
-        return cls(
-            sent=job.input_ids.numel(),
-            real=int(job.attention_mask.sum()),
-            supervised=int(job.loss_mask[:, 1:].sum()),
-            trained=int.from_bytes(byte_view(position_mask), "little").bit_count(),
-        )
+    def of(cls, job: Job, position_mask: torch.Tensor | None) -> TokenCounts:
+        """Count a job's positions; `position_mask` as bits, uint8, on the CPU.
+
+        Without one nothing is known of the draft vocab's coverage, so none count as supervised.
+        """
+        supervised = trained = 0
+        if position_mask is not None:
+            supervised = int(job.loss_mask[:, 1:].sum())
+            trained = int.from_bytes(byte_view(position_mask), "little").bit_count()
+        real = int(job.attention_mask.sum())
+        return cls(job.input_ids.numel(), real, supervised, trained)
 
 
 @dataclass
@@ -83,7 +86,7 @@ class RequestRecord:
         client = headers.get(CLIENT_ID_HEADER, "")
         if not re.match(REQUEST_ID_PATTERN, client):
             client = scope["client"][0] if scope.get("client") else "unix"
-        record = cls(request_id, client, None, is_service=scope["path"] == SUPERVISION_PATH)
+        record = cls(request_id, client, None, is_service=scope["path"] in BATCH_PATHS)
         remaining = headers.get(DEADLINE_HEADER, "")
         if remaining.isascii() and remaining.isdigit() and len(remaining) < 16:
             # Milliseconds left rather than a time of day: the two hosts' clocks need not agree.

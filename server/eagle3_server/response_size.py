@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.tensors import DTYPES
-from eagle3_server.engine import SupervisionJob, TargetDescription
+from eagle3_server.engine import CaptureJob, SupervisionJob, TargetDescription
 
 
 def supervision_bytes(job: SupervisionJob, target: TargetDescription) -> int:
@@ -17,6 +17,23 @@ def supervision_bytes(job: SupervisionJob, target: TargetDescription) -> int:
     # Logits may come in float32 whatever the model's dtype is.
     row = target.hidden_size * itemsize if job.encoding == "hidden" else draft_vocab_size * 4
     return aux + rows * row + job.input_ids.numel()
+
+
+def capture_bytes(job: CaptureJob, target: TargetDescription) -> int:
+    """Return an upper bound; hidden states may come in float32 whatever the model's dtype is."""
+    states = sum(name in job.outputs for name in ("last_hidden", "last_hidden_prenorm"))
+    width = (len(job.aux_layer_ids) + states) * target.hidden_size
+    row = 12  # argmax and two logsumexps
+    if job.draft_vocab is not None and "loss_mask_probs" in job.outputs:
+        row += job.draft_vocab.draft_vocab_size * 4
+    rows = int(job.loss_mask.sum())
+    return int(job.attention_mask.sum()) * width * 4 + rows * row + job.input_ids.numel()
+
+
+def target_head_bytes(target: TargetDescription) -> int:
+    """Return the size of the whole head, its bias and the final norm included."""
+    rows = (target.vocab_size + 2) * target.hidden_size + target.vocab_size
+    return rows * DTYPES[target.dtype].itemsize
 
 
 def embeddings_bytes(target: TargetDescription) -> int:

@@ -78,7 +78,7 @@ def supervise_rows(
     sent: torch.Tensor | None = None
     count = 0
     for chunk in torch.split(positions, source.chunk_rows):  # no positions: one empty chunk
-        top: _Top | None = None
+        top: Top | None = None
         draft_logits = torch.empty(0)
         for start, logits in source.tiles(chunk):
             if sent is None:  # one buffer for the most rows there can be: no copy at the end
@@ -86,17 +86,14 @@ def supervise_rows(
             if needs_draft_logits:
                 # In the rows' own buffer, whose dtype holds them without loss, ordered by id.
                 draft_logits = sent[count : count + chunk.numel()]
-                ends = torch.tensor([start, start + logits.shape[1]], device=ordered.device)
-                first, last = torch.searchsorted(ordered, ends).tolist()
-                # On the CPU `gather` takes a seventh of the time of `index_select` along rows.
-                columns = (ordered[first:last] - start).expand(chunk.numel(), -1)
-                draft_logits[:, first:last] = logits.gather(1, columns)
-            top = _top_of(logits, start, top)
+                first, last, part = draft_columns(logits, start, ordered)
+                draft_logits[:, first:last] = part
+            top = top_of(logits, start, top)
         assert sent is not None
         assert top is not None
         # A NaN counts as the largest, so the top logit tells of one anywhere in its row: such a row
         # must not pass for one whose argmax is outside the draft vocab.
-        _check_finite(top.values, chunk, loss_mask.shape[1])
+        check_rows_finite(top.values, chunk, loss_mask.shape[1])
         hit = selected_token_mask[top.ids]
         in_vocab[chunk] = hit
         wanted = hit if rows == "position_mask" else torch.ones_like(hit)
@@ -108,13 +105,13 @@ def supervise_rows(
                 if kept.numel() < part.shape[0]:
                     part = part.index_select(0, wanted[block].nonzero().squeeze(1))
                 part = part.gather(1, place.expand(kept.numel(), -1))
-                _check_finite(part, kept, loss_mask.shape[1])
+                check_rows_finite(part, kept, loss_mask.shape[1])
                 part = encoding.encode(part, part, source.transform)
             else:
                 assert source.head_input is not None
                 head_input = source.head_input(kept)
                 part = encoding.encode(head_input, head_input[:, :0], source.transform)
-                _check_finite(part, kept, loss_mask.shape[1])
+                check_rows_finite(part, kept, loss_mask.shape[1])
             # Never beyond the block just read.
             sent[count : count + part.shape[0]] = part
             count += part.shape[0]
@@ -122,32 +119,42 @@ def supervise_rows(
     return SupervisionRows(in_vocab.view_as(loss_mask) & supervised, sent[:count])
 
 
-def logsumexp_rows(source: HeadRows, positions: torch.Tensor) -> torch.Tensor:
-    """Full-vocab logsumexp of the rows at flat positions [N] -> [N] float32."""
-    parts = []
-    for chunk in torch.split(positions, source.chunk_rows):
-        tiles = [torch.logsumexp(logits.float(), -1) for _, logits in source.tiles(chunk)]
-        parts.append(torch.logsumexp(torch.stack(tiles), 0))
-    return torch.cat(parts)
-
-
 @dataclass(frozen=True)
-class _Top:
+class Top:
+    """The argmax of some rows so far."""
+
     values: torch.Tensor  # [N] the largest logit so far; NaN if there was one
     ids: torch.Tensor  # [N] its lowest id; undefined if NaN
 
 
-def _top_of(logits: torch.Tensor, start: int, before: _Top | None) -> _Top:
+def top_of(logits: torch.Tensor, start: int, before: Top | None) -> Top:
     """Argmax of the ids so far; ties go to the lowest."""
     if before is None:
         top = logits.max(dim=-1)
-        return _Top(top.values, top.indices + start)
+        return Top(top.values, top.indices + start)
     # On the CPU `amax` costs half of `max`, and few rows find a larger logit in a later tile.
     values = logits.amax(dim=-1)
     larger = (values > before.values).nonzero().squeeze(1)
     if larger.numel():
         before.ids[larger] = logits[larger].max(dim=-1).indices + start
-    return _Top(torch.maximum(values, before.values), before.ids)
+    return Top(torch.maximum(values, before.values), before.ids)
+
+
+def draft_columns(
+    logits: torch.Tensor, start: int, ordered: torch.Tensor
+) -> tuple[int, int, torch.Tensor]:
+    """Return which ordered draft-vocab ids a tile holds, [first, last), and their logits.
+
+    Args:
+        logits: [N, ids], of the ids from `start` on.
+        start: the tile's first id.
+        ordered: [D] int64, ascending.
+    """
+    ends = torch.tensor([start, start + logits.shape[1]], device=ordered.device)
+    first, last = torch.searchsorted(ordered, ends).tolist()
+    # On the CPU `gather` takes a seventh of the time of `index_select` along rows.
+    columns = (ordered[first:last] - start).expand(logits.shape[0], -1)
+    return first, last, logits.gather(1, columns)
 
 
 def _rows_like(
@@ -162,7 +169,8 @@ def _rows_like(
     return host_zeros(shape, part.dtype) if part.device.type == "cpu" else part.new_empty(shape)
 
 
-def _check_finite(rows: torch.Tensor, positions: torch.Tensor, sequence_length: int) -> None:
+def check_rows_finite(rows: torch.Tensor, positions: torch.Tensor, sequence_length: int) -> None:
+    """Raise TargetFailed naming the first position whose row is not finite."""
     # aminmax reads once, allocates nothing, and lets NaN through.
     if rows.numel() == 0 or all(bool(v.isfinite()) for v in torch.aminmax(rows)):
         return

@@ -19,23 +19,32 @@ from eagle3_schemas import (
     validate_aux_layer_ids,
 )
 from eagle3_schemas.aux_states import encode_aux
+from eagle3_schemas.capture import OUTPUTS
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
-from eagle3_schemas.errors import InvalidRequest, TargetFailed
+from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.protocol import PROTOCOL_VERSION
 from eagle3_schemas.supervision import pack_bits
-from eagle3_server.engine import DeviceTensors, SupervisionJob, TargetDescription
+from eagle3_server.capturing import capture
+from eagle3_server.engine import (
+    CaptureJob,
+    DeviceTensors,
+    SupervisionJob,
+    TargetDescription,
+)
+from eagle3_server.final_norm import Found, find_final_norm
 from eagle3_server.fingerprint import (
     config_digest,
     quantization_of,
     target_fingerprint,
     weights_digest,
 )
-from eagle3_server.forward import ForwardResult, forward_logits, forward_with_aux
+from eagle3_server.forward import forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
 from eagle3_server.layout import decoder_layers, max_sequence_length, positions_depend_on_length
-from eagle3_server.packing import find_packing, forward_packed
-from eagle3_server.supervise import HeadRows, supervise_rows
+from eagle3_server.packing import find_packing
+from eagle3_server.running import JobRunner, aux_names, check_finite
+from eagle3_server.supervise import supervise_rows
 
 _CACHED_DRAFT_VOCABS = 16
 
@@ -87,17 +96,27 @@ class TransformersTarget:
         vocab_size = probe.logits.shape[-1]
         self._head: RowsHead | None = None
         head_reason = None
+        forward = partial(forward_logits, model)
         try:
-            forward = partial(forward_logits, model)
             self._head = RowsHead.find(model, forward, head_chunk_bytes)
         except HeadUnsupported as exc:
             head_reason = str(exc)
             logger.warning("the head runs for every position, not for rows alone: %s", exc)
-        self._can_trim = not positions_depend_on_length(model)
-        self._packing = find_packing(model)
-        if self._packing.reason is not None:
-            logger.info("packed documents run as rows of their own: %s", self._packing.reason)
-        self._full_chunk_rows = max(head_chunk_bytes // (4 * vocab_size), 1)
+        packing = find_packing(model)
+        if packing.reason is not None:
+            logger.info("packed documents run as rows of their own: %s", packing.reason)
+        self._runner = JobRunner(
+            model=model,
+            device=self._device,
+            head=self._head,
+            packing=packing,
+            can_trim=not positions_depend_on_length(model),
+            full_chunk_rows=max(head_chunk_bytes // (4 * vocab_size), 1),
+        )
+        between = Found(False, None, head_reason)
+        if self._head is not None:
+            between = find_final_norm(model, self._head, forward)
+        self._norm = between.norm
         dtype = str(probe.aux_states[0].dtype).removeprefix("torch.")
         quantization = quantization_of(model)
         parts = {"config_digest": config_digest(model), "weights_digest": weights_digest(model)}
@@ -138,8 +157,16 @@ class TransformersTarget:
                 else ("probs", "logits")
             ),
             transform=LogitsTransform() if self._head is None else self._head.transform,
-            packing=self._packing.route,
-            packing_reason=self._packing.reason,
+            packing=packing.route,
+            packing_reason=packing.reason,
+            outputs=tuple(
+                name
+                for name in OUTPUTS
+                if (name != "last_hidden" or self._head is not None)
+                and (name != "last_hidden_prenorm" or between.has_prenorm)
+            ),
+            outputs_reason=between.reason,
+            norm=None if between.norm is None else between.norm.form,
         )
 
     def describe(self) -> TargetDescription:
@@ -153,43 +180,46 @@ class TransformersTarget:
 
     def draft_head(self, draft_vocab: DraftVocab) -> DeviceTensors:
         """Return the head's rows for a draft vocab; see `Target`."""
-        if self._head is None or not self._head.is_plain_linear:
-            raise InvalidRequest(
-                "encoding 'hidden' needs a head that is a plain linear, which this target's is "
-                f"not; it offers {list(self._description.encodings)}"
-            )
+        self._plain_head("encoding 'hidden'")
+        assert self._head is not None
         ids, _ = self._draft_vocab(draft_vocab)
         weight, bias = self._head.draft_rows(ids)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return DeviceTensors.queued(tensors, self._device)
 
+    def target_head(self) -> DeviceTensors:
+        """Return the whole head and the final norm; see `Target`."""
+        head = self._plain_head("the whole head")
+        tensors = {"weight": head.weight.detach()}
+        if head.bias is not None:
+            tensors["bias"] = head.bias.detach()
+        if self._norm is not None:
+            parts = {"norm_weight": self._norm.weight, "norm_bias": self._norm.bias}
+            tensors |= {name: part for name, part in parts.items() if part is not None}
+        return DeviceTensors.queued(tensors, self._device, is_constant=True)
+
     def supervise(self, job: SupervisionJob) -> DeviceTensors:
         """Run the target on one job: one forward, then the head for the rows asked for."""
-        columns = job.input_ids.shape[1]
-        if self._can_trim and not job.exact and job.rows != "all" and job.seq_lens is None:
-            columns = _used_columns(job)
-        input_ids = job.input_ids[:, :columns].to(self._device)
+        runner, encoding = self._runner, ENCODINGS[job.encoding]
+        head = self._head
+        if runner.needs_full_head(job):
+            if encoding.needs_draft_head:
+                raise InvalidRequest(
+                    "exact=True with encoding 'hidden' needs a CPU target and a batch of at least "
+                    f"{ROW_MULTIPLE} tokens; use 'probs' or 'logits'"
+                )
+            head = None
+        columns = job.input_ids.shape[1] if job.rows == "all" else runner.used_columns(job)
+        result = runner.run(job, columns, job.aux_layer_ids, head)
         attention_mask = job.attention_mask[:, :columns].to(self._device)
-        loss_mask = job.loss_mask[:, :columns].to(self._device)
-        head = self._rows_head(job)
-        to_cut = None if head is None else head.module
-        layers = job.aux_layer_ids
-        if job.seq_lens is None:
-            result = forward_with_aux(self._model, input_ids, attention_mask, layers, to_cut)
-        else:
-            result = forward_packed(
-                self._model, self._packing if job.exact else self._packing.by_document(),
-                input_ids, job.seq_lens, layers, to_cut,
-            )  # fmt: skip
         attended = result.attended_aux(attention_mask)
-        source = self._head_rows(head, result)
+        source = runner.head_rows(head, result)
         del result  # frees the layers' outputs before the head runs
-        _check_finite(attended, attention_mask, job.aux_layer_ids)
-        encoding = ENCODINGS[job.encoding]
+        check_finite(attended, attention_mask, aux_names(job.aux_layer_ids))
         started = time.monotonic()
         supervision = supervise_rows(
             source,
-            loss_mask,
+            job.loss_mask[:, :columns].to(self._device),
             *self._draft_vocab(job.draft_vocab),
             encoding,
             job.rows,
@@ -208,41 +238,20 @@ class TransformersTarget:
             head_seconds=head_seconds,
         )
 
-    def _rows_head(self, job: SupervisionJob) -> RowsHead | None:
-        """Return the rows-only head unless the job needs the model's own full logits.
+    def capture(self, job: CaptureJob) -> DeviceTensors:
+        """Run the target on one job: a forward, and the head if an output needs it."""
+        selected = None if job.draft_vocab is None else self._draft_vocab(job.draft_vocab)
+        tensors, head_seconds = capture(self._runner, job, selected)
+        return DeviceTensors.queued(tensors, self._device, head_seconds=head_seconds)
 
-        For `exact`: on a GPU another matmul shape rounds differently, and on the CPU so does one of
-        fewer than 16 rows.
-        """
-        tokens = job.input_ids.numel()
-        if job.seq_lens is not None:
-            tokens = self._packing.fewest_tokens(job.seq_lens)
-        is_small = tokens < ROW_MULTIPLE
-        if job.exact and (self._device.type != "cpu" or is_small):
-            if job.encoding == "hidden":
-                raise InvalidRequest(
-                    "exact=True with encoding 'hidden' needs a CPU target and a batch of at least "
-                    f"{ROW_MULTIPLE} tokens; use 'probs' or 'logits'"
-                )
-            return None
-        return self._head
-
-    def _head_rows(self, head: RowsHead | None, result: ForwardResult) -> HeadRows:
-        if head is None or result.head_input is None:
-            logits = result.logits.flatten(0, 1)
-            return HeadRows(
-                lambda positions: iter([(0, logits[positions])]),
-                None,
-                LogitsTransform(),
-                self._full_chunk_rows,
+    def _plain_head(self, what: str) -> nn.Linear:
+        head = None if self._head is None else self._head.module
+        if self._head is None or not self._head.is_plain_linear or not isinstance(head, nn.Linear):
+            raise InvalidRequest(
+                f"{what} needs a head that is a plain linear, which this target's is not; it "
+                f"offers encodings {list(self._description.encodings)}"
             )
-        head_input = result.head_input.flatten(0, 1)
-        return HeadRows(
-            lambda positions: head.tiles(head_input[positions]),
-            head_input.__getitem__,
-            head.transform,
-            head.chunk_rows,
-        )
+        return head
 
     def _embedding_weight(self) -> torch.Tensor:
         weight: torch.Tensor = self._model.get_input_embeddings().weight  # type: ignore[operator]
@@ -262,30 +271,3 @@ class TransformersTarget:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _used_columns(job: SupervisionJob) -> int:
-    """Return T without the trailing columns that no row attends to or is supervised on.
-
-    Leading columns stay: without explicit positions their removal would move every token.
-    """
-    used = (job.attention_mask | job.loss_mask).any(dim=0).nonzero()
-    return int(used[-1]) + 1 if used.numel() else 1
-
-
-def _check_finite(
-    attended: torch.Tensor, attention_mask: torch.Tensor, aux_layer_ids: tuple[int, ...]
-) -> None:
-    """Raise TargetFailed naming the first layer and row whose aux states are not finite."""
-    # aminmax reads once, allocates nothing, and lets NaN through.
-    if attended.numel() == 0 or all(bool(v.isfinite()) for v in torch.aminmax(attended)):
-        return
-    for layer_id, states in zip(aux_layer_ids, attended.chunk(len(aux_layer_ids), -1), strict=True):
-        bad = (~states.isfinite().all(dim=-1)).nonzero()
-        if bad.numel():
-            row, position = attention_mask.nonzero()[bad[0, 0]].tolist()
-            raise TargetFailed(
-                f"decoder layer {layer_id} gave non-finite aux_hidden_states at row {row}, "
-                f"position {position}; nothing was sent. Look at this row, or serve the target in "
-                "a wider dtype (--dtype bfloat16 or float32)"
-            )

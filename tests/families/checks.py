@@ -16,10 +16,12 @@ from tests.watching import HeadCall, HeadCalls, columns_seen
 from torch import nn
 
 from eagle3_schemas import DraftVocab, shift_left_with_zero
+from eagle3_schemas.capture import OUTPUTS
 from eagle3_schemas.draft_head import DraftHead
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.supervision import unpack_bits
-from eagle3_server.engine import SupervisionJob
+from eagle3_schemas.target_head import FinalNorm, TargetHead
+from eagle3_server.engine import CaptureJob, SupervisionJob
 from eagle3_server.transformers_target import TransformersTarget
 
 B, T, D = 3, 77, 127
@@ -66,6 +68,7 @@ class Expected:
     logits: torch.Tensor  # [B, T, V], unshifted
     hidden_states: tuple[torch.Tensor, ...]  # of the model's own output
     layer_outputs: list[torch.Tensor]  # [B, T, H], as the module after each layer receives them
+    normed: torch.Tensor  # [B, T, H], what the final norm gives
 
     def target(self, job: SupervisionJob) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return probs [B, T, D], position_mask [B, T] and shifted loss mask, per position."""
@@ -100,6 +103,8 @@ def run_full_path(model: nn.Module, family: Family, job: SupervisionJob) -> Expe
             received[index] = args[0] if args else kwargs["hidden_states"]
 
         handles.append(follower.register_forward_pre_hook(keep, with_kwargs=True))
+    normed: list[torch.Tensor] = []
+    handles.append(followers[-1].register_forward_hook(lambda _, __, out: normed.append(out)))
     with torch.no_grad():
         output = model(
             input_ids=job.input_ids,
@@ -110,7 +115,8 @@ def run_full_path(model: nn.Module, family: Family, job: SupervisionJob) -> Expe
     for handle in handles:
         handle.remove()
     assert sorted(received) == list(range(L))
-    return Expected(output.logits, output.hidden_states, [received[i] for i in range(L)])
+    outputs = [received[i] for i in range(L)]
+    return Expected(output.logits, output.hidden_states, outputs, normed[-1])
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,55 @@ class Case:
         for i in range(L):
             for j in range(i):
                 assert not torch.equal(outputs[i], outputs[j]), "equal layers would prove nothing"
+
+    def check_outputs(self, job: SupervisionJob) -> None:
+        """Every output of `capture`, against the full path; hidden states bit for bit."""
+        expected = self.expected(job)
+        probs, position_mask, shifted = expected.target(job)
+        layer_ids = (L - 1, *range(L - 1))  # all, not in order
+        asked = CaptureJob(
+            input_ids=job.input_ids,
+            attention_mask=job.attention_mask,
+            loss_mask=job.loss_mask,
+            aux_layer_ids=layer_ids,
+            exact=True,
+            outputs=self.description.outputs,
+            draft_vocab=job.draft_vocab,
+        )
+        got = self.target.capture(asked).tensors
+        assert list(got) == list(self.description.outputs) == list(OUTPUTS)
+        attended = job.attention_mask
+        equal(got["aux"], expected.aux(layer_ids)[attended])
+        equal(got["last_hidden_prenorm"], expected.layer_outputs[-1][attended])
+        equal(got["last_hidden"], expected.normed[attended].to(self.dtype))  # Mamba's is float32
+        equal(unpack_bits(got["position_mask"], (B, T)), position_mask)
+        equal(got["loss_mask_probs"], probs[shifted])
+        rows = expected.logits[:, 1:][shifted[:, :-1]]
+        equal(got["argmax"], torch.stack([row.eq(row.max()).nonzero()[0, 0] for row in rows]).int())
+        for name, logits in (
+            ("logsumexp", rows),
+            ("draft_logsumexp", rows[:, job.draft_vocab.selected_token_ids]),
+        ):
+            exact = logits.double().logsumexp(-1)
+            torch.testing.assert_close(got[name].double(), exact, rtol=1e-6, atol=1e-6)
+        apart = replace(asked, outputs=("last_hidden",), aux_layer_ids=())
+        with HeadCalls(self.model.get_output_embeddings()) as calls:  # type: ignore[operator]
+            last_hidden = self.target.capture(apart).tensors["last_hidden"]
+        equal(last_hidden, got["last_hidden"])
+        assert calls.calls == [HeadCall(torch.Size((B, 1)), V)], "no output needs the head"
+
+    def check_target_head(self, job: SupervisionJob) -> None:
+        """The norm and the head that a trainer downloads give what the model gives."""
+        expected = self.expected(job)
+        tensors = self.target.target_head().tensors
+        form = self.description.norm
+        assert form is not None, self.description.outputs_reason
+        norm = FinalNorm(form, tensors.get("norm_weight"), tensors.get("norm_bias"))
+        head = TargetHead(tensors["weight"], tensors.get("bias"), self.transform, norm)
+        got, last = norm(expected.layer_outputs[-1]), expected.normed
+        error = (got.float() - last.float()).norm(dim=-1) / last.float().norm(dim=-1)
+        assert error.max() <= (1e-6 if self.dtype is torch.float32 else 4e-3)
+        equal(head.logits(last), expected.logits)
 
     def default_difference(self, job: SupervisionJob) -> Difference:
         """How far the default mode (trimmed) is from the full path on the padded batch."""

@@ -74,6 +74,14 @@ def test_aux_states_are_bit_equal(case: Case, left_padded: bool) -> None:
     case.check_aux(make_job(left_padded=left_padded))
 
 
+def test_captured_outputs_are_those_of_the_full_path(case: Case) -> None:
+    case.check_outputs(make_job())
+
+
+def test_the_head_and_norm_to_download_give_the_models_logits(case: Case) -> None:
+    case.check_target_head(make_job())
+
+
 def test_trimmed_batch_is_within_the_stated_bound(case: Case) -> None:
     difference = case.default_difference(make_job())
     bound = table.bound(case.family, case.dtype)

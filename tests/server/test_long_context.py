@@ -35,8 +35,11 @@ vocab = DraftVocab.from_ids(torch.arange(1000).flip(0))
 def supervise(tokens, seq_lens=None):
     ones = torch.ones(1, tokens, dtype=torch.bool)
     ids = torch.randint(vocab_size, (1, tokens))
-    job = SupervisionJob(ids, ones, ones, (1, 2, 3), vocab, "hidden", "loss_mask", "model", False,
-                         seq_lens)
+    job = SupervisionJob(
+        input_ids=ids, attention_mask=ones, loss_mask=ones, aux_layer_ids=(1, 2, 3),
+        draft_vocab=vocab, encoding="hidden", rows="loss_mask", aux_dtype="model", exact=False,
+        seq_lens=seq_lens,
+    )
     result = HostCopier(torch.device("cpu")).to_host(target.supervise(job))
     return sum(tensor.nbytes for tensor in result.tensors.values())
 

@@ -22,10 +22,11 @@ from eagle3_schemas import DraftVocab
 from eagle3_schemas.draft_head import DraftHead, LogitsTransform
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_server import TransformersTarget
+from eagle3_server.capturing import capture_rows
 from eagle3_server.engine import SupervisionJob
 from eagle3_server.forward import forward_logits, forward_with_aux
 from eagle3_server.head import cut_head
-from eagle3_server.supervise import HeadRows, SupervisionRows, logsumexp_rows, supervise_rows
+from eagle3_server.supervise import HeadRows, SupervisionRows, supervise_rows
 
 
 def test_hooks_are_gone_after_every_job(build_model: Any, job_of: Any) -> None:
@@ -182,20 +183,28 @@ def test_chunks_of_any_size_give_the_same(
     equal_results(target.supervise(job), plain.supervise(job))
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20], ids=["small-chunks", "one-chunk"])
 def test_logsumexp_is_that_of_the_full_logits(
-    model: Any, dtype: torch.dtype, batch_of: Any, same: Any
+    model: Any, dtype: torch.dtype, batch_of: Any, frequency_ordered: Any, chunk_bytes: int
 ) -> None:
-    inputs = batch_of(V, (33, 31))
-    only_rows, full = sources(model, inputs, chunk_bytes=1)
+    """Of V and of the draft vocab, however rows and vocab are cut up."""
+    inputs, ids = batch_of(V, (33, 31)), frequency_ordered(V, 53)
+    only_rows, full = sources(model, inputs, chunk_bytes)
     logits = whole(full.tiles(torch.arange(66)))
-    for count in (1, 15, 16, 17, 40, 66):
-        positions = torch.randperm(66, generator=torch.Generator().manual_seed(count))[:count]
-        got = logsumexp_rows(only_rows, positions)
-        assert got.dtype is torch.float32
-        torch.testing.assert_close(
-            got, torch.logsumexp(logits[positions].double(), -1).float(), rtol=1e-6, atol=1e-6
-        )
-    assert logsumexp_rows(only_rows, torch.empty(0, dtype=torch.int64)).shape == (0,)
+    mask = torch.zeros(V, dtype=torch.bool)
+    mask[ids] = True
+    names = ("logsumexp", "draft_logsumexp")
+    for count in (0, 1, 15, 16, 17, 40, 64):
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(count))[:count]
+        loss_mask = torch.zeros(2, 33, dtype=torch.bool)
+        loss_mask[order // 32, 1 + order % 32] = True
+        loss_mask[:, 0] = True  # never supervised
+        got = capture_rows(only_rows, loss_mask, (ids, mask), names)
+        rows = logits[(loss_mask & (torch.arange(33) > 0)).flatten()]
+        for name, columns in zip(names, (rows, rows[:, ids]), strict=True):
+            assert got[name].dtype is torch.float32
+            expected = columns.double().logsumexp(-1)
+            torch.testing.assert_close(got[name].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ["probs", "hidden"])
