@@ -54,7 +54,7 @@ class CaptureRequest(BatchRequest):
     """Fields of a capture request's frame; its tensors are those of `BatchRequest`."""
 
     outputs: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
-    aux_layer_ids: Annotated[tuple[int, ...], Field(max_length=1024)] = ()
+    aux_layer_ids: Annotated[tuple[int, ...], Field(max_length=256)] = ()
     """Distinct layers in any number; empty unless `aux` is asked for."""
     draft_vocab_digest: Digest | None = None
     """Set if an output needs a draft vocab, and only then."""
