@@ -54,6 +54,7 @@ def by_definition(model: Any, inputs: Any, draft_ids: Tensor, layers: Any) -> di
     result["logsumexp"] = torch.zeros(batch_size, length)
     result["position_mask"] = torch.zeros(batch_size, length, 1, dtype=torch.bool)
     result["loss_mask_probs"] = torch.zeros(batch_size, length, len(draft_ids))
+    result["loss_mask_logits"] = output.logits.new_zeros(batch_size, length, len(draft_ids))
     result["draft_logsumexp"] = torch.zeros(batch_size, length)
     selected = set(draft_ids.tolist())
     for b in range(batch_size):
@@ -66,7 +67,9 @@ def by_definition(model: Any, inputs: Any, draft_ids: Tensor, layers: Any) -> di
             result["argmax"][b, t] = best
             result["logsumexp"][b, t] = z.double().exp().sum().log()
             result["position_mask"][b, t, 0] = best in selected
-            chosen = torch.stack([z[i] for i in draft_ids.tolist()]).float()
+            chosen = torch.stack([z[i] for i in draft_ids.tolist()])
+            result["loss_mask_logits"][b, t] = chosen
+            chosen = chosen.float()
             result["loss_mask_probs"][b, t] = torch.softmax(chosen, dim=0)
             result["draft_logsumexp"][b, t] = chosen.double().exp().sum().log()
     return result
@@ -138,6 +141,16 @@ def test_a_batch_below_16_tokens_is_exact_too(
     check(backend.capture(*inputs, outputs=head_only), expected, head_only)
 
 
+def test_a_batch_without_supervision_has_states_and_zeros(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any, frequency_ordered: Any
+) -> None:
+    inputs, ids = batch_of(131), frequency_ordered(131, 53)
+    inputs = dataclasses.replace(inputs, loss_mask=torch.zeros_like(inputs.loss_mask))
+    expected = by_definition(build_model("llama"), inputs, ids, (1, 2, 3))
+    backend = connect(serve(build_model("llama")), ids, exact=True)
+    check(backend.capture(*inputs, outputs=ALL), expected, ALL)
+
+
 def test_packed_rows_are_captured_as_their_documents_alone(
     build_model: Any, serve: Any, connect: Any, frequency_ordered: Any
 ) -> None:
@@ -204,7 +217,8 @@ def test_states_are_cast_and_the_rest_is_not(
     assert dtypes == {
         "aux": torch.float32, "last_hidden_prenorm": torch.float32, "last_hidden": torch.float32,
         "argmax": torch.int64, "logsumexp": torch.float32, "position_mask": torch.bool,
-        "loss_mask_probs": torch.float32, "draft_logsumexp": torch.float32,
+        "loss_mask_probs": torch.float32, "loss_mask_logits": torch.bfloat16,
+        "draft_logsumexp": torch.float32,
     }  # fmt: skip
     narrow = connect(bridge, exact=True, output_dtype=torch.float16)
     with pytest.raises(InvalidRequest, match=r"exact=True forbids output_dtype torch\.float16"):

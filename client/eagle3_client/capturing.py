@@ -134,7 +134,8 @@ class CaptureCalls:
             doc_remaining: [B, T] or None.
             outputs: names out of `model_info().outputs`, which has each one's convention: `aux`,
                 `last_hidden_prenorm`, `last_hidden`, `argmax`, `logsumexp`, `position_mask`,
-                `loss_mask_probs`, `draft_logsumexp`. The last three need `set_vocab_mapping`.
+                `loss_mask_probs`, `loss_mask_logits`, `draft_logsumexp`. The last four need
+                `set_vocab_mapping`.
             aux_layer_ids: layers of `aux`, distinct layer outputs in any number; None takes the
                 backend's, or else the server's default.
 

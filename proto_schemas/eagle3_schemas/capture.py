@@ -36,6 +36,8 @@ OUTPUTS: Final[Mapping[str, str]] = MappingProxyType(
         "the draft vocab",
         "loss_mask_probs": "[B, T, D] float32: softmax over the draft vocab; shifted left by one; "
         "zeros outside the shifted loss_mask",
+        "loss_mask_logits": "[B, T, D]: the draft vocab's logits, in the dtype the model gives; "
+        "shifted left by one; zeros outside the shifted loss_mask",
         "draft_logsumexp": "[B, T] float32: logsumexp of the logits over the draft vocab; shifted "
         "left by one; zeros outside the shifted loss_mask; exp(draft_logsumexp - logsumexp) is "
         "the draft vocab's share of the probability",
@@ -43,7 +45,9 @@ OUTPUTS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """What a target can be asked for beside EAGLE-3 batches, and the convention of each."""
 
-DRAFT_VOCAB_OUTPUTS: Final = frozenset({"position_mask", "loss_mask_probs", "draft_logsumexp"})
+DRAFT_VOCAB_OUTPUTS: Final = frozenset(
+    {"position_mask", "loss_mask_probs", "loss_mask_logits", "draft_logsumexp"}
+)
 """Those that depend on the draft vocab."""
 
 HEAD_OUTPUTS: Final = DRAFT_VOCAB_OUTPUTS | {"argmax", "logsumexp"}
@@ -216,11 +220,13 @@ def _check_tensors(
     expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "aux": ((attended, len(request.aux_layer_ids) * hidden_size), (dtype,)),
         "last_hidden_prenorm": ((attended, hidden_size), (dtype,)),
-        "last_hidden": ((attended, hidden_size), any_dtype),  # a norm may give another dtype
+        # The final norm, and what follows the head, may give another dtype than the layers.
+        "last_hidden": ((attended, hidden_size), any_dtype),
         "argmax": ((supervised,), (torch.int32,)),
         "logsumexp": ((supervised,), (torch.float32,)),
         "draft_logsumexp": ((supervised,), (torch.float32,)),
         "loss_mask_probs": ((supervised, draft_vocab_size), (torch.float32,)),
+        "loss_mask_logits": ((supervised, draft_vocab_size), any_dtype),
         "position_mask": ((-(-batch.input_ids.numel() // 8),), (torch.uint8,)),
     }
     if set(frame.tensors) != set(request.outputs):

@@ -15,7 +15,7 @@ from eagle3_server.layout import decoder_layers
 from eagle3_server.running import JobRunner, aux_names, check_finite
 from eagle3_server.supervise import HeadRows, Top, check_rows_finite, draft_columns, top_of
 
-_SOFTMAX_ROWS = 64  # at once: bounds the copies of their draft-vocab logits
+_BLOCK_ROWS = 64  # ordered at once: bounds the copies of their draft-vocab logits
 
 
 def capture(
@@ -104,11 +104,10 @@ def capture_rows(
     place = order.argsort()
     argmax = positions.new_empty(count)
     total, draft_total = (torch.empty(count, device=positions.device) for _ in range(2))
-    probs: torch.Tensor | None = None
-    if "loss_mask_probs" in outputs:
-        shape = (count, ordered.numel())
-        is_cpu = positions.device.type == "cpu"
-        probs = host_zeros(shape, torch.float32) if is_cpu else total.new_empty(shape)
+    shape = (count, ordered.numel())
+    wanted = [name for name in ("loss_mask_probs", "loss_mask_logits") if name in outputs]
+    # One row for each supervised position, ordered by id until a chunk is whole.
+    drafts: dict[str, torch.Tensor] = {}
     for begin in range(0, count, source.chunk_rows):
         rows = slice(begin, begin + source.chunk_rows)
         chunk = positions[rows]
@@ -119,10 +118,12 @@ def capture_rows(
             if "logsumexp" in outputs:
                 part = logits.float().logsumexp(-1)
                 total[rows] = torch.logaddexp(total[rows], part)
-            if "draft_logsumexp" in outputs or probs is not None:
+            if "draft_logsumexp" in outputs or wanted:
                 first, last, drafted = draft_columns(logits, start, ordered)
-                if probs is not None:
-                    probs[rows, first:last] = drafted
+                for name in wanted:
+                    if name not in drafts:
+                        drafts[name] = _rows_of(shape, name, logits)
+                    drafts[name][rows, first:last] = drafted
                 if "draft_logsumexp" in outputs and last > first:
                     part = drafted.float().logsumexp(-1)
                     draft_total[rows] = torch.logaddexp(draft_total[rows], part)
@@ -130,16 +131,24 @@ def capture_rows(
         # A NaN counts as the largest, so the top logit tells of one anywhere in its row.
         check_rows_finite(top.values, chunk, loss_mask.shape[1])
         argmax[rows] = top.ids
-        if probs is not None:
-            for part in torch.split(probs[rows], _SOFTMAX_ROWS):  # views of it
+        for name in wanted:
+            for part in torch.split(drafts[name][rows], _BLOCK_ROWS):  # views of it
                 in_order = part.gather(1, place.expand(part.shape[0], -1))
-                part.copy_(in_order.softmax(-1))
-            check_rows_finite(probs[rows], chunk, loss_mask.shape[1])
+                check_rows_finite(in_order, chunk, loss_mask.shape[1])
+                part.copy_(in_order.softmax(-1) if name == "loss_mask_probs" else in_order)
     result = {"argmax": argmax.int(), "logsumexp": total, "draft_logsumexp": draft_total}
-    if probs is not None:
-        result["loss_mask_probs"] = probs
+    for name in wanted:
+        result[name] = drafts.get(name, total.new_empty(shape))
     if selected is not None and "position_mask" in outputs:
         in_vocab = torch.zeros_like(supervised).flatten()
         in_vocab[positions] = selected[1][argmax]
         result["position_mask"] = in_vocab.view_as(supervised)
     return {name: result[name] for name in outputs}
+
+
+def _rows_of(shape: tuple[int, ...], name: str, logits: torch.Tensor) -> torch.Tensor:
+    """Return room for an output's rows: float32 probabilities, or logits as the model gives."""
+    dtype = torch.float32 if name == "loss_mask_probs" else logits.dtype
+    if logits.device.type == "cpu":
+        return host_zeros(shape, dtype)
+    return logits.new_empty(shape, dtype=dtype)

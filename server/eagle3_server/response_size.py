@@ -24,8 +24,9 @@ def capture_bytes(job: CaptureJob, target: TargetDescription) -> int:
     states = sum(name in job.outputs for name in ("last_hidden", "last_hidden_prenorm"))
     width = (len(job.aux_layer_ids) + states) * target.hidden_size
     row = 12  # argmax and two logsumexps
-    if job.draft_vocab is not None and "loss_mask_probs" in job.outputs:
-        row += job.draft_vocab.draft_vocab_size * 4
+    if job.draft_vocab is not None:
+        drafts = sum(name in job.outputs for name in ("loss_mask_probs", "loss_mask_logits"))
+        row += drafts * job.draft_vocab.draft_vocab_size * 4
     rows = int(job.loss_mask.sum())
     return int(job.attention_mask.sum()) * width * 4 + rows * row + job.input_ids.numel()
 

@@ -269,6 +269,7 @@ class Case:
         equal(got["loss_mask_probs"], probs[shifted])
         rows = expected.logits[:, 1:][shifted[:, :-1]]
         equal(got["argmax"], torch.stack([row.eq(row.max()).nonzero()[0, 0] for row in rows]).int())
+        equal(got["loss_mask_logits"], rows[:, job.draft_vocab.selected_token_ids])
         for name, logits in (
             ("logsumexp", rows),
             ("draft_logsumexp", rows[:, job.draft_vocab.selected_token_ids]),

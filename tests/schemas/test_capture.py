@@ -37,6 +37,7 @@ WHOLE: dict[str, torch.Tensor] = {
     "argmax": torch.arange(1, 11).reshape(2, 5),
     "logsumexp": torch.arange(1, 11).reshape(2, 5) / 7,
     "loss_mask_probs": torch.arange(1, 31).reshape(2, 5, D).float(),
+    "loss_mask_logits": torch.arange(3, 33).reshape(2, 5, D).bfloat16(),
     "draft_logsumexp": torch.arange(1, 11).reshape(2, 5) / 9,
 }
 ALL = tuple(OUTPUTS)
