@@ -20,7 +20,7 @@ def code_blocks(language: str) -> list[str]:
 def test_the_trainer_code_runs_as_printed(
     live_server: Any, model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = code_blocks("python")
+    code, capture = code_blocks("python")
     assert code.count("http://target-host:8001") == 1
     assert len([line for line in code.splitlines() if line.strip()]) <= 9
     vocab_size = model.config.vocab_size
@@ -46,6 +46,11 @@ def test_the_trainer_code_runs_as_printed(
         "trainer": Trainer(),
     }
     exec(code.replace("http://target-host:8001", live_server(model)), scope)
+    # Of the layers it names this small target has the first; the ids come from its other code.
+    scope |= {"input_ids": input_ids, "attention_mask": ones, "loss_mask": ones}
+    assert capture.count("(1, 9, 17, 25)") == 1
+    exec(capture.replace("(1, 9, 17, 25)", "(1, 0, 5, 3)"), scope)
+    assert scope["captured"].aux.shape == (2, 11, 4 * model.config.hidden_size)
     scope["target"].close()
     assert len(seen) == 2
     assert "first batch after" in capsys.readouterr().out
