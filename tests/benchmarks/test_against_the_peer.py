@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def run(name: str, out: Path) -> tuple[dict[str, Any], str]:
-    """Return what a quick run writes: its JSON and its page, which it prints as well."""
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / f"{name}.py"), "--quick"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("EAGLE3_")}
-    finished = subprocess.run(
-        [*command, "--out", str(out)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def read(out: Path, name: str) -> tuple[dict[str, Any], str]:
+    """Return what a quick run wrote: its JSON and its page."""
     page = (out / f"{name}.md").read_text()
-    assert page.endswith(finished.stdout)
     return json.loads((out / f"{name}.json").read_text()), page
 
 
-def test_end_to_end(tmp_path: Path) -> None:
-    content, page = run("end_to_end", tmp_path)
+def test_end_to_end(quick_run: tuple[Path, str]) -> None:
+    content, page = read(quick_run[0], "end_to_end")
     quick = content["targets"]["quick"]
     level = quick["levels"]["0.6"]
     assert set(level["equality"]) == {"aux_hidden_states", "position_mask", "target_probs"}
@@ -56,8 +44,8 @@ def test_end_to_end(tmp_path: Path) -> None:
     assert "served at prefetch 2 / bare" in page
 
 
-def test_overlap(tmp_path: Path) -> None:
-    content, page = run("overlap", tmp_path)
+def test_overlap(quick_run: tuple[Path, str]) -> None:
+    content, page = read(quick_run[0], "overlap")
     cases = content["seconds"]["20"]
     assert len(cases) == 1 + 4 + 4 + 1
     for case, seconds in cases.items():

@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(script: str, *arguments: str) -> str:
@@ -60,10 +60,9 @@ def test_fidelity_table(tmp_path: Path) -> None:
         assert default["aux_median_relative_error"] < (1e-4 if name == "float32" else 0.1)
 
 
-def test_head_tables(tmp_path: Path) -> None:
-    results = tmp_path / "head.json"
-    output = run("head.py", "--quick", "--out", str(tmp_path))
-
+def test_head_tables(quick_run: tuple[Path, str]) -> None:
+    results = quick_run[0] / "head.json"
+    output = results.with_suffix(".md").read_text()
     content = json.loads(results.read_text())
     peaks = {
         (row["path"], row["encoding"], row["T"], row["dtype"]): row["peak_mib"]
@@ -101,26 +100,26 @@ def test_gpu_command_in_small_on_the_cpu(tmp_path: Path) -> None:
         assert found["probs_bit_equal"]
 
 
-def test_hiding_table(tmp_path: Path) -> None:
-    text = run("hiding.py", "--quick", "--out", str(tmp_path))
+def test_hiding_table(quick_run: tuple[Path, str]) -> None:
+    text = (quick_run[0] / "hiding.md").read_text()
     assert "wait at prefetch 2 / step of 60 ms, target of 20 ms" in text
-    shares = json.loads((tmp_path / "hiding.json").read_text())["shares"]
+    shares = json.loads((quick_run[0] / "hiding.json").read_text())["shares"]
     assert sorted(shares) == ["(0.06, 1)", "(0.06, 2)", "(0.06, 4)"]
     assert all(0 <= share < 1 for values in shares.values() for share in values)
 
 
-def test_fingerprint_table(tmp_path: Path) -> None:
-    text = run("fingerprint.py", "--quick", "--rounds", "2", "--out", str(tmp_path))
+def test_fingerprint_table(quick_run: tuple[Path, str]) -> None:
+    text = (quick_run[0] / "fingerprint.md").read_text()
     assert "21 tensors of 3.0 GB on the CPU" in text
-    seconds = json.loads((tmp_path / "fingerprint.json").read_text())["seconds"]
-    assert len(seconds) == 2
+    seconds = json.loads((quick_run[0] / "fingerprint.json").read_text())["seconds"]
+    assert len(seconds) == 5
     assert min(seconds) > 0
 
 
-def test_packing_table(tmp_path: Path) -> None:
-    text = run("packing.py", "--quick", "--out", str(tmp_path))
+def test_packing_table(quick_run: tuple[Path, str]) -> None:
+    text = (quick_run[0] / "packing.md").read_text()
     assert "packed, 8 documents a row / unpacked" in text
-    seconds = json.loads((tmp_path / "packing.json").read_text())["seconds"]
+    seconds = json.loads((quick_run[0] / "packing.json").read_text())["seconds"]
     assert set(seconds) == {
         "unpacked", "1 documents", "1 masked", "8 documents", "8 masked"
     }  # fmt: skip

@@ -22,21 +22,13 @@ def run_all(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=900)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("results")
-    process = run_all(out)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return out, process.stdout
-
-
 def load(out: Path, name: str) -> Any:
     return json.loads((out / f"{name}.json").read_text())
 
 
 @pytest.mark.timeout(900)
-def test_the_report_has_every_row_of_design_section_9(finished: tuple[Path, str]) -> None:
-    out, output = finished
+def test_the_report_has_every_row_of_design_section_9(quick_run: tuple[Path, str]) -> None:
+    out, output = quick_run
     report = load(out, "report")
     verdicts = {row[0]: row[3] for row in report["summary"]}
     unmeasured = {what for what, verdict in verdicts.items() if verdict.startswith("not measured")}
@@ -65,8 +57,8 @@ def test_the_report_has_every_row_of_design_section_9(finished: tuple[Path, str]
 
 
 @pytest.mark.timeout(900)
-def test_transport_times_every_path(finished: tuple[Path, str]) -> None:
-    rounds = load(finished[0], "transport")["rounds"]
+def test_transport_times_every_path(quick_run: tuple[Path, str]) -> None:
+    rounds = load(quick_run[0], "transport")["rounds"]
     assert set(rounds) == {"1", "4"}
     for measured in rounds.values():
         names = set(measured)
@@ -80,9 +72,9 @@ def test_transport_times_every_path(finished: tuple[Path, str]) -> None:
 
 @pytest.mark.timeout(900)
 def test_links_are_not_exceeded_and_bytes_are_those_of_the_design(
-    finished: tuple[Path, str],
+    quick_run: tuple[Path, str],
 ) -> None:
-    links = load(finished[0], "links")["links"]
+    links = load(quick_run[0], "links")["links"]
     assert set(links) == {"1", "2.5", "10"}
     for link in links.values():
         cases = link["cases"]
