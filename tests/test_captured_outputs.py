@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eagle3_client import (
+    FingerprintMismatch,
     InvalidRequest,
     LimitExceeded,
     RemoteEagle3Error,
@@ -398,3 +399,49 @@ def test_a_closed_backend_captures_nothing(build_model: Any, serve: Any, connect
     for call in (lambda: backend.capture(*batch_of(131), outputs=["aux"]), backend.get_target_head):
         with pytest.raises(RemoteEagle3Error, match="was closed"):
             call()
+
+
+# --- what supervision has, captures have ---
+
+
+def test_an_answer_of_another_target_is_refused(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any
+) -> None:
+    bridge = serve(build_model("llama"))
+    backend = connect(bridge, retry_for_s=0.5)
+    backend.capture(*batch_of(131), outputs=["argmax"])
+    bridge.app_client = serve(build_model("llama", seed=1)).app_client
+    with pytest.raises(FingerprintMismatch):
+        backend.capture(*batch_of(131), outputs=["argmax"])
+
+
+def test_the_server_counts_captures(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any, frequency_ordered: Any
+) -> None:
+    """As requests of their path; of the draft vocab's coverage only what they tell."""
+    bridge, inputs = serve(build_model("llama")), batch_of(131)
+    backend = connect(bridge, frequency_ordered(131, 53))
+    backend.capture(*inputs, outputs=["argmax"])
+    status = bridge.app_client.get("/v1/status").json()
+    assert status["draft_vocab_coverage"] is None
+    assert status["padding_share"] == pytest.approx(9 / 30)
+    assert status["clients"][0]["requests"] == 1
+    captured = backend.capture(*inputs, outputs=["position_mask"])
+    status = bridge.app_client.get("/v1/status").json()
+    share = int(captured.position_mask.sum()) / int(captured.loss_mask.sum())
+    assert status["draft_vocab_coverage"] == pytest.approx(share)
+    assert status["clients"][0]["draft_vocab_digest"]
+    metrics = bridge.app_client.get("/metrics").text
+    assert 'eagle3_requests_total{code="ok",path="/v1/capture"} 2.0' in metrics
+    assert 'eagle3_stage_seconds_count{stage="compute"} 2.0' in metrics
+
+
+def test_tokens_guard_captures_and_the_head(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any
+) -> None:
+    bridge = serve(build_model("llama"), token="right")
+    for path, method in (("/v1/capture", "POST"), ("/v1/head", "GET")):
+        assert bridge.app_client.request(method, path).status_code == 401
+    backend = connect(bridge, token="right")
+    backend.capture(*batch_of(131), outputs=["argmax"])
+    backend.get_target_head()
