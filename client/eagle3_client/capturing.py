@@ -97,8 +97,14 @@ class CaptureSubmission:
             name: cast_states(tensor, self.settings) if name in _STATES else tensor
             for name, tensor in outputs.items()
         }
+        seq_lens = self.sent.seq_lens
         return Capture(
-            cast, self.request.aux_layer_ids, self.input_ids, self.attention_mask, self.loss_mask
+            cast,
+            self.request.aux_layer_ids,
+            self.input_ids,
+            self.attention_mask,
+            self.loss_mask,
+            None if seq_lens is None else seq_lens.to(self.settings.device),
         )
 
 
