@@ -78,7 +78,8 @@ def main() -> int:
         )
     elif torch is not None:
         print(f"  uses the torch {torch[0]} that {sys.executable} has")
-    print("  downloads up to 145 MB of other packages, less what pip has cached", flush=True)
+    size_mb = 205 if "peer" in groups else 120
+    print(f"  downloads up to {size_mb} MB of other packages, less what pip has cached", flush=True)
     if not venv_python().exists():
         venv.EnvBuilder(with_pip=True, upgrade_deps=False).create(VENV)
     constraints = CONSTRAINTS.read_text().splitlines()
