@@ -164,6 +164,34 @@ def test_tokens_that_are_not_attended_are_no_part_of_a_document() -> None:
     assert_equal(got, slow_speculators_inputs([document]))
 
 
+def test_a_capture_of_packed_rows_knows_its_documents(
+    serve: Any, connect: Any, build_model: Any
+) -> None:
+    backend = connect(serve(build_model("llama")), exact=True)
+    seq_lens = torch.tensor([[4, 3, 3], [1, 9, 0]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2], [0, *range(9)]])
+    input_ids = torch.randint(1, 131, (2, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 10, dtype=torch.int64)
+    mask[0, 9] = 0  # padding
+    given = {"input_ids": input_ids, "attention_mask": mask, "loss_mask": mask}
+    capture = backend.capture(
+        **given, position_ids=positions, seq_lens=seq_lens, outputs=["aux", "last_hidden_prenorm"]
+    )
+    assert torch.equal(capture.seq_lens, seq_lens)
+    documents = [
+        {
+            "hidden_states": capture.aux[row, start:end],
+            "verifier_last_hidden_states": capture.last_hidden_prenorm[row, start:end],
+            "input_ids": input_ids[row, start:end],
+            "loss_mask": mask[row, start:end],
+        }
+        for row, start, end in [(0, 0, 4), (0, 4, 7), (0, 7, 9), (1, 0, 1), (1, 1, 10)]
+    ]
+    assert_equal(speculators_inputs(capture), slow_speculators_inputs(documents))
+    unpacked = backend.capture(**given, outputs=["aux"])
+    assert unpacked.seq_lens is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
 def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
     documents = make_documents(LENGTHS)
