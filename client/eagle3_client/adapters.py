@@ -1,8 +1,7 @@
 """A `Capture` as the arguments of other trainers' models: speculators 0.9, SpecForge 0.2.
 
-Pure functions of tensors; neither package is imported. Letters: B, T of the batch, H of the target,
-V its vocab, D the draft vocab, n captured layers; x token ids, l the caller's loss mask. Positions
-count from 0 in each row or document.
+Neither package is imported. B, T of the batch; H, V of the target; D the draft vocab; n captured
+layers; x token ids and l the caller's loss mask, counted from 0 in each row or document.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ def speculators_inputs(capture: Capture) -> dict[str, torch.Tensor]:
 
     A document is the attended tokens of a row, whichever side is padded, or of one of `seq_lens` in
     packed rows. One of m tokens gives m - 1 positions, those of speculators' `shift_batch`, and one
-    of fewer than 2 gives none. All follow each other in one row of N positions, without padding;
-    that is what `models/eagle3/core.py` takes, whose batch size is 1. N is 0 if no document has 2
-    tokens: skip such a batch.
+    of fewer than 2 gives none. All follow each other in one row of N positions, without padding. N
+    is 0 if no document has 2 tokens: skip such a batch.
 
     Args:
         capture: with `aux` and `last_hidden_prenorm`. speculators names layer inputs: ask for
@@ -84,54 +82,48 @@ def speculators_weights(
         draft.load_vocab_mappings(t2d, d2t)
         draft.load_state_dict(speculators_weights(...), strict=False)
 
-    The draft computes its supervision from these as `verifier_lm_head(verifier_norm(state))`: a
-    Llama RMS norm, then a linear without bias. A target that computes otherwise would be trained
-    on wrong supervision without a word, so it is refused.
+    The draft's supervision is `verifier_lm_head(verifier_norm(state))`: Llama's RMS norm, then a
+    linear without bias. A target that computes otherwise would silently train it wrong: refused.
 
     Args:
         embeddings: [V, H], `backend.get_input_embeddings().weight`.
         target_head: `backend.get_target_head()`.
         t2d: [V] bool, true for the ids in the draft vocab, or None if that is the whole vocab.
-        rms_norm_eps: that of the draft's `transformer_layer_config`, with which its `verifier_norm`
-            computes.
+        rms_norm_eps: that of the draft's `transformer_layer_config`, which `verifier_norm` takes.
 
     Returns:
         Entries for `load_state_dict(..., strict=False)`, model dtype: `embed_tokens.weight` [V, H],
         `lm_head.weight` and `verifier_lm_head.weight` [D, H], `verifier_norm.weight` [H].
 
     Raises:
-        InvalidRequest: the target's head or norm computes otherwise, with another eps, or `t2d` is
-            no such mask.
+        InvalidRequest: the target's head or norm is another, its eps too, or `t2d` is no such mask.
     """
-    norm, size = target_head.norm, target_head.weight.shape[0]
-    expected, got = "a head without bias", None
+    weight, norm, got = target_head.weight, target_head.norm, ""
     if target_head.bias is not None:
-        got = "one with a bias"
+        got = "a head with a bias"
     elif not target_head.transform.is_upcast_only:
-        expected, got = "logits that are the head's output", f"{target_head.transform}"
+        got = f"{target_head.transform}"
     elif norm is None:
-        expected, got = "an RMS norm", "a norm of no form known here"
-    elif norm.form.kind != "rms" or norm.bias is not None:
-        expected, got = "an RMS norm without bias", f"{norm.form}, bias: {norm.bias is not None}"
-    elif norm.form.gain_in_float32:
-        expected, got = "an RMS norm whose gain follows the cast", f"{norm.form}"
-    if got is not None or norm is None:
+        got = "a final norm of no form known here"
+    elif norm.form.kind != "rms" or norm.form.gain_in_float32 or norm.bias is not None:
+        got = f"{norm.form}" + (" with a bias" if norm.bias is not None else "")
+    if got or norm is None:
         raise InvalidRequest(
-            f"speculators' drafts compute their supervision themselves and need a target with "
-            f"{expected}; got {got}. Train this target's draft with generate_batch's target_probs, "
-            "or capture last_hidden and apply target_head.logits"
+            "speculators' drafts compute their supervision themselves: expected a target with a "
+            "head without bias, its output as logits, and an RMS norm without bias whose gain "
+            f"follows the cast; got {got}. Train this target's draft on generate_batch's "
+            "target_probs instead"
         )
     if norm.form.eps != rms_norm_eps:
         raise InvalidRequest(
             f"the draft's verifier_norm must compute with the target's eps, {norm.form.eps}; got "
             f"rms_norm_eps={rms_norm_eps}. Set it in the draft's transformer_layer_config"
         )
-    if t2d is not None and (t2d.dtype is not torch.bool or t2d.shape != (size,)):
+    if t2d is not None and (t2d.dtype is not torch.bool or t2d.shape != weight.shape[:1]):
         raise InvalidRequest(
-            f"t2d must be [{size}] bool, the target's V; got {list(t2d.shape)} {t2d.dtype}. "
+            f"t2d must be [{len(weight)}] bool, the target's V; got {list(t2d.shape)} {t2d.dtype}. "
             "eagle3_client.to_t2d_d2t makes it"
         )
-    weight = target_head.weight
     head = weight if t2d is None else weight[t2d.to(weight.device)]
     gain = weight.new_ones(weight.shape[1]) if norm.weight is None else norm.weight
     return {
@@ -148,14 +140,13 @@ def specforge_inputs(
     """Return what SpecForge's `OnlineEagle3Model` takes for a padded batch.
 
     SpecForge 0.2 shifts ids and target but not its loss mask (`TargetHead.preprocess`,
-    `modeling/target/target_head.py`): position t, which learns to follow x[t + 1], counts if l[t]
-    does, where EAGLE-3 batches of this package ask l[t + 1]. A capture's shifted mask no longer has
-    l[0], so the mask is passed once more. As SpecForge's own normaliser does
-    (`algorithms/eagle3/data.py`), the last token of each row is not supervised: nothing follows it.
+    `modeling/target/target_head.py`): position t, which learns what follows x[t + 1], counts if
+    l[t] does; in this package's EAGLE-3 batches, if l[t + 1] does. A capture's shifted mask has
+    lost l[0], so the mask is passed once more. As in SpecForge's own normaliser
+    (`algorithms/eagle3/data.py`), a row's last token is not supervised.
 
-    `target` is [B, T, V], as SpecForge has it. Its compact teacher instead takes
-    `target_hidden_for_compact=shift_left_with_zero(capture.last_hidden)` and
-    `target_head_weight=target_head.weight`, if the head has neither a bias nor a transform.
+    Without a bias or a transform, its compact teacher spares the [B, T, V] of `target`: pass
+    `target_hidden_for_compact=shift_left_with_zero(capture.last_hidden)` and `target_head_weight`.
 
     Args:
         capture: with `aux` and `last_hidden`, of rows that are not packed. SpecForge names layer
@@ -168,8 +159,7 @@ def specforge_inputs(
 
         - `hidden_states` [B, T, nH]: aux of token t; dtype as captured
         - `input_ids` [B, T] integer: x[t + 1]
-        - `target` [B, T, V]: logits of token t + 1, those of a zero state in the last column; what
-          `target_head.logits` gives
+        - `target` [B, T, V]: `target_head.logits` of token t + 1, of zeros in the last column
         - `loss_mask` [B, T, 1] int64: 1 where l[t] is true and t, t + 1 are both attended
         - `attention_mask` [B, T] int64: 0 or 1
 

@@ -244,14 +244,20 @@ def test_a_norm_without_gain_has_a_gain_of_ones() -> None:
 
 GAIN = torch.ones(HIDDEN_SIZE)
 UNREPRESENTABLE: dict[str, tuple[dict[str, Any], str]] = {
-    "bias": ({"bias": torch.ones(VOCAB_SIZE)}, "without bias; got one with"),
+    "bias": ({"bias": torch.ones(VOCAB_SIZE)}, "got a head with a bias"),
     "multiply": ({"transform": LogitsTransform(multiply=0.3)}, "multiply=0.3"),
     "divide": ({"transform": LogitsTransform(divide=3.0)}, "divide=3.0"),
     "softcap": ({"transform": LogitsTransform(upcast=True, softcap=2.0)}, "softcap=2.0"),
     "no norm": ({"norm": None}, "of no form known"),
-    "layer norm": ({"norm": FinalNorm(NormForm("layer", EPS, False), GAIN, None)}, "'layer'"),
-    "norm bias": ({"norm": FinalNorm(NormForm("rms", EPS, False), GAIN, GAIN)}, "bias: True"),
-    "gemma": ({"norm": FinalNorm(NormForm("rms", EPS, True), GAIN, None)}, "follows the cast"),
+    "layer norm": (
+        {"norm": FinalNorm(NormForm("layer", EPS, False), GAIN, None)},
+        r"got .*'layer'",
+    ),
+    "norm bias": (
+        {"norm": FinalNorm(NormForm("rms", EPS, False), GAIN, GAIN)},
+        r"'rms'.* with a bias",
+    ),
+    "gemma": ({"norm": FinalNorm(NormForm("rms", EPS, True), GAIN, None)}, "gain_in_float32=True"),
 }
 
 
