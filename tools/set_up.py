@@ -21,7 +21,8 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "eagle3-set-up.json"
 CONSTRAINTS = ROOT / "constraints.txt"
 OLDEST_TORCH = (2, 6)
-PEER = "nemo-automodel==0.7.0"
+# Installed without their requirements, which are those of whole training and serving stacks.
+PEERS = ("nemo-automodel", "speculators", "hs-connectors", "specforge")
 
 
 def own_torch() -> tuple[str, str] | None:
@@ -77,7 +78,8 @@ def main() -> int:
         )
     elif torch is not None:
         print(f"  uses the torch {torch[0]} that {sys.executable} has")
-    print("  downloads up to 140 MB of other packages, less what pip has cached", flush=True)
+    size_mb = 205 if "peer" in groups else 120
+    print(f"  downloads up to {size_mb} MB of other packages, less what pip has cached", flush=True)
     if not venv_python().exists():
         venv.EnvBuilder(with_pip=True, upgrade_deps=False).create(VENV)
     constraints = CONSTRAINTS.read_text().splitlines()
@@ -104,8 +106,8 @@ def main() -> int:
         *("--constraint", str(effective.relative_to(ROOT)), "--editable", ".[server]"),
         *(part for group in groups for part in ("--group", group)),
     )
-    if "peer" in groups:  # its own requirements are those of its whole training stack
-        pip("--no-deps", PEER)
+    if "peer" in groups:
+        pip("--constraint", str(effective.relative_to(ROOT)), "--no-deps", *PEERS)
     STAMP.write_text(json.dumps({**state, "groups": groups}))
     return 0
 

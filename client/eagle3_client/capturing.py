@@ -52,6 +52,7 @@ class CaptureSubmission:
     input_ids: torch.Tensor  # shifted, on the trainer's device
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor  # shifted
+    seq_lens: torch.Tensor | None
 
     @property
     def request_id(self) -> str:
@@ -98,7 +99,12 @@ class CaptureSubmission:
             for name, tensor in outputs.items()
         }
         return Capture(
-            cast, self.request.aux_layer_ids, self.input_ids, self.attention_mask, self.loss_mask
+            cast,
+            self.request.aux_layer_ids,
+            self.input_ids,
+            self.attention_mask,
+            self.loss_mask,
+            self.seq_lens,
         )
 
 
@@ -246,6 +252,7 @@ class CaptureCalls:
             draft_vocab_digest=None if vocab is None else vocab.digest,
             exact=settings.exact,
         )
+        lens = None if sent.seq_lens is None else sent.seq_lens.to(settings.device, copy=True)
         return CaptureSubmission(
             settings=settings,
             request=request,
@@ -255,4 +262,5 @@ class CaptureCalls:
             input_ids=shift_left_with_zero(input_ids.detach()).to(settings.device),
             attention_mask=attention_mask.detach().to(settings.device, copy=True),
             loss_mask=shift_left_with_zero(loss_mask.detach()).to(settings.device),
+            seq_lens=lens,
         )

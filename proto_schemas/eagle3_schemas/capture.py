@@ -89,6 +89,7 @@ class Capture:
         input_ids: [B, T], shifted left, as in an `Eagle3TargetBatch`.
         attention_mask: [B, T], as the caller passed it.
         loss_mask: [B, T], shifted left, in the caller's dtype.
+        seq_lens: [B, max_docs] int64 if the rows are packed, else None.
     """
 
     outputs: Mapping[str, torch.Tensor]
@@ -96,6 +97,7 @@ class Capture:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor
+    seq_lens: torch.Tensor | None = None
 
     def __getattr__(self, name: str) -> torch.Tensor:
         """Return an output.
