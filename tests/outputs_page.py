@@ -74,6 +74,7 @@ TRAINERS = (
         "post-norm; it runs the whole head itself; loss mask [B, T, 1], not shifted; draft vocab "
         "ascending (`t2d`)",
         SPECFORGE + "modeling/target/target_head.py` 103-108, `algorithms/eagle3/model.py` 488-501",
+        "tests/peer/test_specforge.py",
     ),
     Trainer(
         "EAGLE-3: speculators",
@@ -82,6 +83,7 @@ TRAINERS = (
         "**pre-norm**; it applies norm and draft head itself, at every loss-mask row; one row of "
         "documents",
         SPECULATORS + "models/eagle3/core.py` 193-254, `data.py` 8-44",
+        "tests/peer/test_speculators.py",
     ),
     Trainer(
         "P-EAGLE: NeMo AutoModel",
@@ -97,6 +99,7 @@ TRAINERS = (
         ("aux", "last_hidden_prenorm"),
         "**pre-norm**, every loss-mask row",
         SPECULATORS + "models/peagle/core.py` 55-86, 190-195",
+        "tests/peer/test_speculators.py",
     ),
     Trainer(
         "P-EAGLE: SpecForge",
