@@ -130,6 +130,23 @@ def test_each_output_alone(
         captured.outputs = {}
 
 
+def test_layers_are_those_named_or_the_backends_or_the_servers(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any
+) -> None:
+    bridge, inputs = serve(build_model("llama"), aux_layer_ids=(0, 3, 5)), batch_of(131)
+    assert connect(bridge).capture(*inputs, outputs=["aux"]).aux_layer_ids == (0, 3, 5)
+    own = connect(bridge, aux_layer_ids=(6, 2, 4))
+    assert own.capture(*inputs, outputs=["aux"]).aux_layer_ids == (6, 2, 4)
+    assert own.capture(*inputs, outputs=["aux"], aux_layer_ids=[1]).aux_layer_ids == (1,)
+    model = build_model("llama")
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    shallow = connect(serve(model))
+    with pytest.raises(InvalidRequest, match="only 2 decoder layers, .*name aux_layer_ids"):
+        shallow.capture(*inputs, outputs=["aux"])
+    assert shallow.capture(*inputs, outputs=["aux"], aux_layer_ids=[1, 0]).aux.shape[-1] == 96
+
+
 def test_a_batch_below_16_tokens_is_exact_too(
     build_model: Any, serve: Any, connect: Any, batch_of: Any, frequency_ordered: Any
 ) -> None:
@@ -261,6 +278,7 @@ def test_a_server_that_forgot_the_draft_vocab_is_told_again(
         ({"outputs": [3]}, "must be a sequence of names"),
         ({"outputs": ["aux"], "aux_layer_ids": (7,)}, r"distinct ids in \[0, 7\).*got \[7\]"),
         ({"outputs": ["aux"], "aux_layer_ids": (1, 1)}, "distinct ids"),
+        ({"outputs": ["aux"], "aux_layer_ids": ()}, r"at least one .*got \[\]"),
         ({"outputs": ["aux"], "aux_layer_ids": (True,)}, "distinct ids"),
         ({"outputs": ["argmax"], "aux_layer_ids": (1,)}, "go with the output 'aux'"),
     ],

@@ -230,7 +230,13 @@ class CaptureCalls:
         names = check_outputs(outputs, info.outputs)
         layers: tuple[int, ...] = ()
         if "aux" in names:
-            chosen = aux_layer_ids or settings.aux_layer_ids or info.aux_layer_ids
+            default = settings.aux_layer_ids or info.aux_layer_ids
+            if aux_layer_ids is None and default is None:
+                raise InvalidRequest(
+                    f"the target has only {info.num_hidden_layers} decoder layers, too few for the "
+                    "default rule; name aux_layer_ids"
+                )
+            chosen = aux_layer_ids if aux_layer_ids is not None else default
             layers = validate_layer_ids(chosen or (), info.num_hidden_layers)
         elif aux_layer_ids is not None:
             raise InvalidRequest("aux_layer_ids go with the output 'aux'; ask for it, or drop them")
