@@ -142,7 +142,7 @@ def test_layers_are_those_named_or_the_backends_or_the_servers(
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     shallow = connect(serve(model))
-    with pytest.raises(InvalidRequest, match="only 2 decoder layers, .*name aux_layer_ids"):
+    with pytest.raises(InvalidRequest, match=r"only 2 decoder layers, .*name aux_layer_ids"):
         shallow.capture(*inputs, outputs=["aux"])
     assert shallow.capture(*inputs, outputs=["aux"], aux_layer_ids=[1, 0]).aux.shape[-1] == 96
 
