@@ -410,6 +410,15 @@ def test_the_whole_head_comes_from_the_cache(
     assert second.norm.form == first.norm.form
 
 
+def test_a_head_of_another_target_is_refused(build_model: Any, serve: Any, connect: Any) -> None:
+    bridge = serve(build_model("llama"))
+    backend = connect(bridge, retry_for_s=0.5)
+    backend.model_info()
+    bridge.app_client = serve(build_model("llama", seed=1)).app_client
+    with pytest.raises(FingerprintMismatch):
+        backend.get_target_head()
+
+
 def test_a_closed_backend_captures_nothing(build_model: Any, serve: Any, connect: Any,
                                            batch_of: Any) -> None:  # fmt: skip
     backend = connect(serve(build_model("llama")))
