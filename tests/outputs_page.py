@@ -56,15 +56,15 @@ TRAINERS = (
         "EAGLE-3: NeMo AutoModel",
         "3 outputs, `1, L//2-1, L-4`",
         (),
-        "as DESIGN and this project have it",
+        "ids, loss mask and distribution shifted by one; rows of the position mask",
         NEMO + "eagle/core.py` 153-164",
         "tests/peer/test_nemo_automodel.py",
     ),
     Trainer(
         "EAGLE-3: SafeAILab",
-        "3 inputs, `2, L//2, L-3`",
+        "3 inputs, `2, L//2, L-3` (our default layers)",
         ("aux", "last_hidden"),
-        "the distribution from the whole head; its loss mask is not shifted, ours is: a row later",
+        "the distribution from the whole head; loss mask not shifted: your own, not the capture's",
         EAGLE + "traineagle3/cnets.py` 714-732, 833-856",
     ),
     Trainer(
@@ -78,7 +78,7 @@ TRAINERS = (
     ),
     Trainer(
         "EAGLE-3: speculators",
-        "any number of inputs, default `2, L//2, L-3`",
+        "any number of inputs, default `2, L//2, L-3` (our default layers)",
         ("aux", "last_hidden_prenorm"),
         "**pre-norm**; it applies norm and draft head itself, at every loss-mask row; one row of "
         "documents",
@@ -112,7 +112,7 @@ TRAINERS = (
         "DFlash: NeMo AutoModel, SpecForge",
         "any number of outputs, spread over 1 to L-3",
         ("aux",),
-        "cross-entropy on the data's own tokens: no distribution",
+        "cross-entropy on the data's own tokens; ids and mask not shifted: your own",
         NEMO + "dflash/target.py` 43-79; " + SPECFORGE + "algorithms/common/"
         "dflash_family_model.py` 332-383",
     ),
@@ -120,28 +120,29 @@ TRAINERS = (
         "DFlash: speculators",
         "any number of inputs",
         ("aux", "last_hidden_prenorm"),
-        "**pre-norm**; the target's argmax over the draft vocab",
+        "**pre-norm**; the draft vocab's logits; rows not shifted: your own ids and mask",
         SPECULATORS + "models/dflash/core.py` 436-484",
     ),
     Trainer(
         "DSpark: NeMo AutoModel",
         "outputs, -1 the embeddings; **its id L-1 is post-norm**",
         ("aux", "last_hidden"),
-        "post-norm; the distribution over V from the whole head. Take `last_hidden` for its id L-1",
+        "post-norm; the distribution over V from the whole head; ids and mask not shifted: your "
+        "own. Take `last_hidden` for its id L-1",
         NEMO + "dspark/target.py` 320-334, `common.py` 71-84",
     ),
     Trainer(
         "DSpark: SpecForge",
         "outputs",
         ("aux", "last_hidden"),
-        "post-norm; the distribution over V from the whole head",
+        "post-norm; the distribution over V from the whole head; ids not shifted: your own",
         SPECFORGE + "algorithms/common/dflash_family_model.py` 755-881",
     ),
     Trainer(
         "DSpark: speculators",
         "inputs",
         ("aux", "last_hidden_prenorm"),
-        "**pre-norm**; the draft vocab's distribution",
+        "**pre-norm**; the draft vocab's distribution; rows not shifted: your own ids and mask",
         SPECULATORS + "models/dspark/core.py` 121-137",
     ),
     Trainer(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import httpx
@@ -18,7 +20,7 @@ from eagle3_client import (
     TargetFailed,
     VocabMappingMissing,
 )
-from eagle3_schemas import pack_sequences, shift_left_with_zero
+from eagle3_schemas import pack_sequences, shift_left_with_zero, unpack_sequences
 from eagle3_schemas.capture import DRAFT_VOCAB_OUTPUTS, OUTPUTS
 from eagle3_server import TransformersTarget
 
@@ -128,6 +130,11 @@ def test_each_output_alone(
         captured.logits  # noqa: B018
     with pytest.raises(dataclasses.FrozenInstanceError):
         captured.outputs = {}
+    assert name in dir(captured)
+    assert repr(captured).startswith(f"Capture({name} [3, 10")
+    assert copy.deepcopy(captured).outputs.keys() == {name}
+    assert pickle.loads(pickle.dumps(captured)).outputs.keys() == {name}
+    assert not hasattr(captured, other)
 
 
 def test_layers_are_those_named_or_the_backends_or_the_servers(
@@ -187,6 +194,11 @@ def test_packed_rows_are_captured_as_their_documents_alone(
                 getattr(got, name)[:, start:end], getattr(alone, name), rtol=2e-5, atol=2e-5
             )
         start = end
+    packed = pack_sequences(documents, masks)
+    for name in ("position_ids", "seq_lens", "doc_remaining"):
+        assert torch.equal(getattr(got, name), packed[name])
+    with pytest.raises(InvalidRequest, match=r"expected an Eagle3TargetBatch.*; got Capture"):
+        unpack_sequences(got)
     assert got.loss_mask_probs.bool().any(-1).sum() == sum(int(mask[1:].sum()) for mask in masks)
 
 
@@ -276,10 +288,12 @@ def test_a_server_that_forgot_the_draft_vocab_is_told_again(
         ({"outputs": ["aux", "aux"]}, r"got \['aux', 'aux'\]"),
         ({"outputs": "aux"}, "must be a sequence of names; got 'aux'"),
         ({"outputs": [3]}, "must be a sequence of names"),
-        ({"outputs": ["aux"], "aux_layer_ids": (7,)}, r"distinct ids in \[0, 7\).*got \[7\]"),
-        ({"outputs": ["aux"], "aux_layer_ids": (1, 1)}, "distinct ids"),
+        ({"outputs": ["aux"], "aux_layer_ids": (7,)}, r"distinct integers in \[0, 7\).*got \[7\]"),
+        ({"outputs": ["aux"], "aux_layer_ids": (1, 1)}, "distinct integers"),
         ({"outputs": ["aux"], "aux_layer_ids": ()}, r"at least one .*got \[\]"),
-        ({"outputs": ["aux"], "aux_layer_ids": (True,)}, "distinct ids"),
+        ({"outputs": ["aux"], "aux_layer_ids": (True,)}, "distinct integers"),
+        ({"outputs": ["aux"], "aux_layer_ids": 3}, "must be a sequence of integers; got 3"),
+        ({"outputs": (name for name in ["aux", "logits"])}, r"got \['aux', 'logits'\]"),
         ({"outputs": ["argmax"], "aux_layer_ids": (1,)}, "go with the output 'aux'"),
     ],
 )

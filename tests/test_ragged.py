@@ -85,6 +85,8 @@ def test_slips_are_named() -> None:
         pack_sequences(ids, [*masks[:2], masks[0], *masks[3:]])
     with pytest.raises(InvalidRequest, match="not empty"):
         pack_sequences([ids[0][:0]], [masks[0][:0]])
+    with pytest.raises(InvalidRequest, match="loss_mask must be a list of tensors; got list at"):
+        pack_sequences(ids[:1], [masks[0].tolist()])  # type: ignore[list-item]
     plain = Eagle3TargetBatch(*(torch.zeros(1, 2) for _ in range(5)))
     with pytest.raises(InvalidRequest, match="packed rows"):
         unpack_sequences(plain)

@@ -98,6 +98,11 @@ def speculators_weights(
     Raises:
         InvalidRequest: the target's head or norm is another, its eps too, or `t2d` is no such mask.
     """
+    if not isinstance(embeddings, torch.Tensor):
+        raise InvalidRequest(
+            f"embeddings must be a tensor; got {type(embeddings).__name__}. Pass "
+            "get_input_embeddings().weight"
+        )
     weight, norm, got = target_head.weight, target_head.norm, ""
     if target_head.bias is not None:
         got = "a head with a bias"

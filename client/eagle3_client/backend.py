@@ -49,7 +49,8 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
             sequence: servers of the same target.
         device: where batches are delivered.
         token: bearer token, if the servers ask for one.
-        aux_layer_ids: three layers to capture (layer outputs); None takes the server's default.
+        aux_layer_ids: three layers to capture (layer outputs), any number if only `capture` is
+            called; None takes the server's default.
         encoding: how supervision rows travel: `probs`, `logits`, `hidden`; `auto` chooses.
         aux_dtype: `float8_e4m3` sends aux states in fp8 (lossy); `model` as they are.
         exact: bit-for-bit equality with a co-located target of equal shapes, threads and builds.
@@ -282,7 +283,7 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
 
         Raises:
             VocabMappingMissing: call `set_vocab_mapping` first.
-            InvalidRequest: the backend's `aux_layer_ids` are not three layers of the target.
+            InvalidRequest: the backend's `aux_layer_ids` are not layers of the target.
         """
         self._dispatcher.check_usable()
         vocab = self._vocab()

@@ -52,7 +52,7 @@ class CaptureSubmission:
     input_ids: torch.Tensor  # shifted, on the trainer's device
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor  # shifted
-    seq_lens: torch.Tensor | None
+    packing: dict[str, torch.Tensor | None]  # what describes packed rows, for the trainer
 
     @property
     def request_id(self) -> str:
@@ -104,7 +104,7 @@ class CaptureSubmission:
             self.input_ids,
             self.attention_mask,
             self.loss_mask,
-            self.seq_lens,
+            **self.packing,
         )
 
 
@@ -146,7 +146,8 @@ class CaptureCalls:
                 backend's, or else the server's default.
 
         Returns:
-            A record of exactly those outputs, on `device`.
+            A record of exactly those outputs, on `device`. `output_dtype` casts the three hidden
+            states, nothing else; `aux_dtype`, `encoding` and `rows` are of `generate_batch` alone.
 
         Raises:
             InvalidRequest: an output that the target does not give, layers it does not have, or
@@ -258,7 +259,6 @@ class CaptureCalls:
             draft_vocab_digest=None if vocab is None else vocab.digest,
             exact=settings.exact,
         )
-        lens = None if sent.seq_lens is None else sent.seq_lens.to(settings.device, copy=True)
         return CaptureSubmission(
             settings=settings,
             request=request,
@@ -268,5 +268,8 @@ class CaptureCalls:
             input_ids=shift_left_with_zero(input_ids.detach()).to(settings.device),
             attention_mask=attention_mask.detach().to(settings.device, copy=True),
             loss_mask=shift_left_with_zero(loss_mask.detach()).to(settings.device),
-            seq_lens=lens,
+            packing={
+                name: None if tensor is None else tensor.detach().to(settings.device, copy=True)
+                for name, tensor in named.items()
+            },
         )

@@ -20,7 +20,7 @@ def draft_config(
         draft_vocab: the trainer's.
 
     Raises:
-        InvalidRequest: `aux_layer_ids` are not three layers of the target, or there are none.
+        InvalidRequest: `aux_layer_ids` are not layers of the target, or there are none.
         ProtocolMismatch: the server names layers otherwise than this side.
     """
     if info.aux_layer_convention != AUX_LAYER_CONVENTION:

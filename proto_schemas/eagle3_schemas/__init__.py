@@ -9,6 +9,7 @@ from eagle3_schemas.aux_layers import (
 )
 from eagle3_schemas.backend import BatchHandle, Eagle3TargetBackend, EmbeddingsLike
 from eagle3_schemas.batch import Eagle3TargetBatch
+from eagle3_schemas.capture import Capture
 from eagle3_schemas.draft_vocab import DraftVocab
 from eagle3_schemas.messages import ModelInfo
 from eagle3_schemas.protocol import PROTOCOL_VERSION
@@ -20,6 +21,7 @@ __all__ = [
     "AUX_LAYER_CONVENTION",
     "PROTOCOL_VERSION",
     "BatchHandle",
+    "Capture",
     "DraftVocab",
     "Eagle3TargetBackend",
     "Eagle3TargetBatch",

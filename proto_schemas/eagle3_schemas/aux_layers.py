@@ -53,27 +53,25 @@ def validate_layer_ids(layer_ids: Sequence[int], num_hidden_layers: int) -> tupl
     """Return the ids as a tuple if they are distinct decoder layers, in any number but none.
 
     Raises:
-        InvalidRequest: none, a repeated one, or one out of range.
+        InvalidRequest: no sequence of integers, an empty one, a repeated id, or one out of range.
     """
-    ids = tuple(layer_ids)
-    if (
-        not ids
-        or len(set(ids)) != len(ids)
-        or not all(_is_layer(i, num_hidden_layers) for i in ids)
-    ):
+    try:
+        ids = tuple(layer_ids)
+    except TypeError as exc:
         raise InvalidRequest(
-            f"aux_layer_ids must be distinct ids in [0, {num_hidden_layers}), at least one (id i "
-            f"is the output of decoder layer i); got {list(ids)}"
+            f"aux_layer_ids must be a sequence of integers; got {layer_ids!r:.100}"
+        ) from exc
+    are_layers = all(_is_layer(i, num_hidden_layers) for i in ids)
+    if not ids or not are_layers or len(set(ids)) != len(ids):
+        raise InvalidRequest(
+            f"aux_layer_ids must be distinct integers in [0, {num_hidden_layers}), at least one "
+            f"(id i is the output of decoder layer i); got {list(ids)!r:.200}"
         )
     return ids
 
 
 def _is_layer(layer_id: object, num_hidden_layers: int) -> bool:
-    return (
-        isinstance(layer_id, int)
-        and not isinstance(layer_id, bool)
-        and 0 <= layer_id < num_hidden_layers
-    )
+    return type(layer_id) is int and 0 <= layer_id < num_hidden_layers
 
 
 def to_layer_inputs(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
@@ -83,33 +81,34 @@ def to_layer_inputs(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tup
     layer i is the input of layer i + 1. That of the last layer, L - 1, is L there.
 
     Args:
-        aux_layer_ids: three distinct layer outputs, in [0, L).
+        aux_layer_ids: distinct layer outputs in [0, L), at least one.
         num_hidden_layers: L, the target's decoder layers.
 
     Raises:
-        InvalidRequest: as `validate_aux_layer_ids`.
+        InvalidRequest: as `validate_layer_ids`.
     """
-    return tuple(i + 1 for i in validate_aux_layer_ids(aux_layer_ids, num_hidden_layers))
+    return tuple(i + 1 for i in validate_layer_ids(aux_layer_ids, num_hidden_layers))
 
 
 def from_layer_inputs(layer_input_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
     """Return `aux_layer_ids` for ids of a serving engine's config; undoes `to_layer_inputs`.
 
     Args:
-        layer_input_ids: three distinct layer inputs, in [1, L]. 0, the embeddings, is no layer's
-            output, and cannot be captured here.
+        layer_input_ids: distinct layer inputs in [1, L], at least one. 0, the embeddings, is no
+            layer's output, and cannot be captured: take `get_input_embeddings`.
         num_hidden_layers: L, the target's decoder layers.
 
     Raises:
-        InvalidRequest: any other number of ids, a repeated one, or one out of range.
+        InvalidRequest: none, a repeated id, or one out of range.
     """
     ids = tuple(layer_input_ids)
     try:
-        return validate_aux_layer_ids([i - 1 for i in ids if type(i) is int], num_hidden_layers)
+        outputs = [i - 1 if type(i) is int else -1 for i in ids]
+        return validate_layer_ids(outputs, num_hidden_layers)
     except InvalidRequest as exc:
         raise InvalidRequest(
-            f"ids of layer inputs must be {NUM_AUX_LAYERS} distinct ids in "
-            f"[1, {num_hidden_layers}] (id i is the input of decoder layer i, and "
-            f"{num_hidden_layers} the output of the last); got {list(ids)}. Pass the draft "
-            "config's eagle_aux_hidden_state_layer_ids, with this target's number of layers"
+            f"ids of layer inputs must be distinct integers in [1, {num_hidden_layers}], at least "
+            f"one (id i is the input of decoder layer i, and {num_hidden_layers} the output of the "
+            f"last); got {list(ids)}. Pass the draft config's eagle_aux_hidden_state_layer_ids, "
+            "with this target's number of layers"
         ) from exc

@@ -89,7 +89,9 @@ class Capture:
         input_ids: [B, T], shifted left, as in an `Eagle3TargetBatch`.
         attention_mask: [B, T], as the caller passed it.
         loss_mask: [B, T], shifted left, in the caller's dtype.
-        seq_lens: [B, max_docs] int64 if the rows are packed, else None.
+        position_ids: [B, T], as the caller passed it, or None.
+        seq_lens: [B, max_docs], as the caller passed it, or None: the rows are not packed.
+        doc_remaining: [B, T], as the caller passed it, or None.
     """
 
     outputs: Mapping[str, torch.Tensor]
@@ -97,7 +99,18 @@ class Capture:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor
+    position_ids: torch.Tensor | None = None
     seq_lens: torch.Tensor | None = None
+    doc_remaining: torch.Tensor | None = None
+
+    def __repr__(self) -> str:
+        """Name the outputs and their shapes."""
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in self.outputs.items())
+        return f"Capture({shapes}; aux_layer_ids={self.aux_layer_ids})"
+
+    def __dir__(self) -> list[str]:
+        """List the outputs too."""
+        return [*super().__dir__(), *self.outputs]
 
     def __getattr__(self, name: str) -> torch.Tensor:
         """Return an output.
@@ -117,13 +130,16 @@ class Capture:
         """Return one layer's share of `aux`, a view [B, T, H].
 
         Raises:
+            AttributeError: `aux` was not asked for.
             InvalidRequest: the layer was not captured.
         """
+        aux = self.aux
         if layer_id not in self.aux_layer_ids:
             raise InvalidRequest(
-                f"layer {layer_id} was not captured; got aux_layer_ids {list(self.aux_layer_ids)}"
+                f"layer {layer_id} was not captured, {list(self.aux_layer_ids)} were; name it in "
+                "aux_layer_ids"
             )
-        parts = self.aux.chunk(len(self.aux_layer_ids), dim=-1)
+        parts = aux.chunk(len(self.aux_layer_ids), dim=-1)
         return parts[self.aux_layer_ids.index(layer_id)]
 
 
@@ -133,9 +149,9 @@ def check_outputs(outputs: Sequence[str], offered: Mapping[str, str]) -> tuple[s
     Raises:
         InvalidRequest: none, an unknown one, one this target does not give, or one twice.
     """
-    if isinstance(outputs, str) or not all(isinstance(name, str) for name in outputs):
+    names = () if isinstance(outputs, str) else tuple(outputs)
+    if isinstance(outputs, str) or not all(isinstance(name, str) for name in names):
         raise InvalidRequest(f"outputs must be a sequence of names; got {outputs!r:.100}")
-    names = tuple(outputs)
     wrong = [name for name in names if name not in offered]
     if not names or wrong or len(set(names)) != len(names):
         raise InvalidRequest(

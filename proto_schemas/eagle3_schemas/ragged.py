@@ -35,6 +35,11 @@ def pack_sequences(
             f"sequences and {len(loss_mask)} loss masks"
         )
     for index, (ids, mask) in enumerate(zip(input_ids, loss_mask, strict=True)):
+        for name, each in (("input_ids", ids), ("loss_mask", mask)):
+            if not isinstance(each, torch.Tensor):
+                raise InvalidRequest(
+                    f"{name} must be a list of tensors; got {type(each).__name__} at index {index}"
+                )
         if ids.ndim != 1 or not ids.numel() or mask.shape != ids.shape:
             raise InvalidRequest(
                 "input_ids and loss_mask of a sequence must be 1-D, equally long and not empty; "
@@ -70,6 +75,10 @@ def unpack_sequences(batch: Eagle3TargetBatch, pad_token_id: int = 0) -> Eagle3T
     Raises:
         InvalidRequest: the batch is not packed.
     """
+    if not isinstance(batch, Eagle3TargetBatch):
+        raise InvalidRequest(
+            f"expected an Eagle3TargetBatch, as generate_batch returns; got {type(batch).__name__}"
+        )
     if batch.seq_lens is None:
         raise InvalidRequest("expected a batch of packed rows, with seq_lens; got none")
     length = batch.input_ids.shape[1]

@@ -90,7 +90,7 @@ def _tokenizer_digest(source: str, **where: Any) -> str | None:
     try:
         return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))
     except Exception as exc:  # no such files, an unknown class, a missing package: all in words
-        reason = str(exc).strip().partition("\n")[0]
+        reason = " ".join(str(exc).split())
         logger.info("no tokenizer found, so trainers cannot compare theirs: %.200s", reason)
         return None
 

@@ -79,7 +79,7 @@ def capture_of(
         shift_left_with_zero(tokens["input_ids"]),
         attention_mask,
         shift_left_with_zero(tokens["loss_mask"]),
-        seq_lens if packed else None,
+        seq_lens=seq_lens if packed else None,
     )
 
 

@@ -6,9 +6,11 @@ Needs `pip install --group peer` and, without their stacks, speculators and hs-c
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -245,3 +247,37 @@ def test_a_planted_error_changes_the_losses(spec, live_server, error):
     assert all(got != wanted for got, wanted in zip(run.losses, expected.losses, strict=True))
     with pytest.raises(AssertionError):
         assert_same_run(run, expected)
+
+
+def test_the_pages_code_trains_its_draft(spec, live_server):
+    """docs/outputs.md's block as printed, to the same losses as above."""
+    page = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
+    _, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    target, batches = make_target(torch.float32), batches_of("right_padded")
+    weights = local_weights(target, to_t2d_d2t(draft_vocab_ids(), VOCAB_SIZE).t2d)
+    expected = train(spec, [local_inputs(spec, target, batch) for batch in batches], weights)
+    losses: list[float] = []
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def optimizer_step(draft):
+        if not optimizers:
+            trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+            optimizers.append(torch.optim.AdamW(trained, lr=3e-3))
+        losses.append(names["loss"].item())
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    layer = llama_config(1)
+    layer._attn_implementation = "eager"
+    with RemoteEagle3Backend(live_server(target), exact=True) as backend:
+        names = {
+            "target": backend,
+            "selected_token_ids": draft_vocab_ids().flip(0),
+            "layer_config": layer,
+            "layer_inputs": LAYER_INPUTS,
+            "batches": batches,
+            "optimizer_step": optimizer_step,
+        }
+        torch.manual_seed(2)
+        exec(code, names)
+    assert losses == expected.losses

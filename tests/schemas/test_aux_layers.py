@@ -17,6 +17,7 @@ from eagle3_schemas import (
     to_layer_inputs,
     validate_aux_layer_ids,
 )
+from eagle3_schemas.aux_layers import validate_layer_ids
 from eagle3_schemas.errors import InvalidRequest
 
 SHALLOWEST = 7  # below it two of [1, L//2 - 1, L - 4] are equal, or one is negative
@@ -110,7 +111,7 @@ def test_the_declared_convention_is_the_layers_output() -> None:
 @given(st.data())
 def test_the_engines_convention_names_the_layer_that_reads_the_state(data: Any) -> None:
     depth = data.draw(st.integers(3, 90))
-    ids = tuple(data.draw(st.lists(st.integers(0, depth - 1), min_size=3, max_size=3, unique=True)))
+    ids = tuple(data.draw(st.lists(st.integers(0, depth - 1), min_size=1, unique=True)))
     # A walk through the layers: what layer i leaves is what layer i + 1 finds, or the final norm.
     left_by, found_by = {}, {}
     for layer in range(depth):
@@ -159,18 +160,27 @@ def test_the_state_of_an_engines_id_is_that_layers_input(build_model: Any) -> No
             assert torch.equal(outputs[ours], inputs[theirs])
 
 
-@pytest.mark.parametrize("ids", [(16, 1, 2), (1, 2), (1, 1, 2), (-1, 1, 2), (True, 2, 3)], ids=repr)
+@pytest.mark.parametrize("ids", [(16, 1, 2), (), (1, 1, 2), (-1, 1, 2), (True, 2, 3)], ids=repr)
 def test_what_is_no_layers_output_is_refused_before_it_is_converted(ids: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"must be 3 distinct ids in \[0, 16\)"):
+    with pytest.raises(InvalidRequest, match=r"must be distinct integers in \[0, 16\)"):
         to_layer_inputs(ids, 16)
 
 
 @pytest.mark.parametrize(
     "ids",
-    [(0, 1, 2), (1, 2, 17), (1, 2), (1, 2, 3, 4), (3, 3, 4), (True, 2, 3), (1.0, 2, 3), "123"],
+    [(0, 1, 2), (1, 2, 17), (), (3, 3, 4), (True, 2, 3), (1.0, 2, 3), "123", (None,)],
     ids=repr,
 )
 def test_what_is_no_layers_input_is_refused_with_the_ids_that_are(ids: Any) -> None:
     words = rf"\[1, 16\].*got {re.escape(str(list(ids)))}.*eagle_aux_hidden_state_layer_ids"
     with pytest.raises(InvalidRequest, match=words):
         from_layer_inputs(ids, 16)
+
+
+@pytest.mark.parametrize(
+    "ids", [3, None, torch.tensor([1, 2]), [1.0], [True], "12", [[1]]], ids=repr
+)
+def test_layers_in_any_number_are_a_sequence_of_integers(ids: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"aux_layer_ids must be .*integers"):
+        validate_layer_ids(ids, 16)
+    assert validate_layer_ids([15, 0, 7, 1], 16) == (15, 0, 7, 1)
