@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import transformers
+from tests.servers import router
 from torch import Tensor
 
 from eagle3_client import (
@@ -22,7 +24,7 @@ from eagle3_client import (
 )
 from eagle3_schemas import pack_sequences, shift_left_with_zero, unpack_sequences
 from eagle3_schemas.capture import DRAFT_VOCAB_OUTPUTS, OUTPUTS
-from eagle3_server import TransformersTarget
+from eagle3_server import TransformersTarget, packing
 
 V = {"llama": 131, "gemma2": 131, "gpt2": 131, "qwen3": 157}
 ALL = tuple(OUTPUTS)
@@ -130,6 +132,10 @@ def test_each_output_alone(
         captured.logits  # noqa: B018
     with pytest.raises(dataclasses.FrozenInstanceError):
         captured.outputs = {}
+    with pytest.raises(TypeError):
+        captured.outputs[name] = None
+    assert captured == captured
+    assert captured != copy.copy(captured)
     assert name in dir(captured)
     assert repr(captured).startswith(f"Capture({name} [3, 10")
     assert copy.deepcopy(captured).outputs.keys() == {name}
@@ -200,6 +206,36 @@ def test_packed_rows_are_captured_as_their_documents_alone(
     with pytest.raises(InvalidRequest, match=r"expected an Eagle3TargetBatch.*; got Capture"):
         unpack_sequences(got)
     assert got.loss_mask_probs.bool().any(-1).sum() == sum(int(mask[1:].sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "outputs",
+    [*((name,) for name in ALL), ("last_hidden", "argmax"), ("last_hidden", "loss_mask_probs")],
+    ids="+".join,
+)
+def test_documents_of_many_lengths_are_each_where_they_belong(
+    build_model: Any, serve: Any, connect: Any, frequency_ordered: Any, exact: bool,
+    outputs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each length is a forward of its own, whatever of it is asked for."""
+    monkeypatch.setattr(packing, "_FEW_TOKENS", 0)
+    lengths = (9, 2, 6, 4, 1)
+    target = TransformersTarget(build_model("llama"), model_id="tiny")
+    by_length = packing.Packing("documents", None, 1.0)
+    target._runner = dataclasses.replace(target._runner, packing=by_length)
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(1, 131, (n,), generator=generator) for n in lengths]
+    masks = [torch.ones(n) for n in lengths]
+    backend = connect(serve(target), frequency_ordered(131, 53), exact=exact)
+    got = backend.capture(**pack_sequences(documents, masks), outputs=outputs)
+    start = 0
+    for ids, mask in zip(documents, masks, strict=True):
+        alone = backend.capture(ids[None], torch.ones_like(ids)[None], mask[None], outputs=outputs)
+        for name in outputs:
+            part = getattr(got, name)[:, start : start + len(ids)]
+            torch.testing.assert_close(part, getattr(alone, name), rtol=2e-5, atol=2e-5)
+        start += len(ids)
 
 
 def test_a_padded_batch_is_trimmed_unless_exact(
@@ -288,6 +324,8 @@ def test_a_server_that_forgot_the_draft_vocab_is_told_again(
         ({"outputs": ["aux", "aux"]}, r"got \['aux', 'aux'\]"),
         ({"outputs": "aux"}, "must be a sequence of names; got 'aux'"),
         ({"outputs": [3]}, "must be a sequence of names"),
+        ({"outputs": 5}, "must be a sequence of names; got 5"),
+        ({"outputs": None}, "must be a sequence of names; got None"),
         ({"outputs": ["aux"], "aux_layer_ids": (7,)}, r"distinct integers in \[0, 7\).*got \[7\]"),
         ({"outputs": ["aux"], "aux_layer_ids": (1, 1)}, "distinct integers"),
         ({"outputs": ["aux"], "aux_layer_ids": ()}, r"at least one .*got \[\]"),
@@ -382,6 +420,25 @@ def test_a_target_without_a_known_last_state_offers_the_rest(
         backend.get_target_head()
 
 
+@pytest.mark.parametrize("normed_before", [True, False])
+def test_a_head_of_another_width_offers_no_last_hidden(
+    serve: Any, connect: Any, batch_of: Any, frequency_ordered: Any, normed_before: bool
+) -> None:
+    """OPT-350m projects its states down before the head."""
+    config = transformers.OPTConfig(
+        hidden_size=48, num_hidden_layers=7, num_attention_heads=6, ffn_dim=80, vocab_size=131,
+        word_embed_proj_dim=24, max_position_embeddings=16, do_layer_norm_before=normed_before,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    backend = connect(serve(transformers.OPTForCausalLM(config)), frequency_ordered(131, 53))
+    info = backend.model_info()
+    assert set(ALL) - set(info.outputs) == {"last_hidden", "last_hidden_prenorm"}
+    assert info.outputs_reason == "the head is given 24 values a token, and the layers give 48"
+    backend.capture(*batch_of(131), outputs=tuple(info.outputs))
+    with pytest.raises(InvalidRequest, match="the whole head is of no use here: the head is given"):
+        backend.get_target_head()
+
+
 # --- the whole head ---
 
 
@@ -404,6 +461,7 @@ def test_the_whole_head_and_norm(
     same(head.logits(got.last_hidden)[0], logits[0])  # a row without padding
     with pytest.raises(InvalidRequest, match=r"last_hidden must be \[\.\.\., "):
         head.logits(torch.zeros(2, 3))
+    assert head.logits(got.last_hidden[:0]).shape == (0, 10, V[family])
 
 
 def test_the_whole_head_comes_from_the_cache(
@@ -454,6 +512,34 @@ def test_an_answer_of_another_target_is_refused(
     bridge.app_client = serve(build_model("llama", seed=1)).app_client
     with pytest.raises(FingerprintMismatch):
         backend.capture(*batch_of(131), outputs=["argmax"])
+
+
+def test_a_target_of_another_vocab_in_its_place_is_told_as_that(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any, frequency_ordered: Any
+) -> None:
+    """At every call, also when the draft vocab does not even fit it."""
+    bridge = serve(build_model("llama"))
+    backend = connect(bridge, frequency_ordered(131, 53), retry_for_s=0.3)
+    backend.capture(*batch_of(131), outputs=["position_mask"])
+    bridge.app_client = serve(build_model("qwen3")).app_client
+    for _ in range(3):
+        with pytest.raises(FingerprintMismatch):
+            backend.capture(*batch_of(131), outputs=["position_mask"])
+        with pytest.raises(FingerprintMismatch):
+            backend.generate_batch(*batch_of(131))
+
+
+def test_two_servers_of_a_shallow_target_are_compared_on_layers_it_has(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any
+) -> None:
+    def shallow() -> Any:
+        model = build_model("llama")
+        model.model.layers = model.model.layers[:4]
+        model.config.num_hidden_layers = 4
+        return serve(model)
+
+    backend = connect(router(a=shallow(), b=shallow()), urls="http://a,http://b")
+    assert backend.capture(*batch_of(131), outputs=["last_hidden"]).last_hidden.any()
 
 
 def test_the_server_counts_captures(

@@ -113,7 +113,7 @@ def ask_numbers(
         TokenBatch(torch.randint(bound, shape, generator=generator), ones, supervised),
         request_id=uuid.uuid4().hex,
         draft_vocab_digest=vocab.digest,
-        aux_layer_ids=settings.aux_layer_ids or info.aux_layer_ids,
+        aux_layer_ids=_three_layers(info, settings),
         encoding="logits",
         rows="loss_mask",
         aux_dtype="model",
@@ -140,6 +140,12 @@ def ask_numbers(
             url=connection.url,
         )
     return Numbers(connection.url, seed, aux, logits)
+
+
+def _three_layers(info: ModelInfo, settings: ClientSettings) -> tuple[int, ...]:
+    """Return the trainer's layers, the default's, or of a shallow target any."""
+    chosen = settings.aux_layer_ids or info.aux_layer_ids or ()
+    return chosen if len(chosen) == 3 else tuple(range(min(3, info.num_hidden_layers)))
 
 
 def compare_numbers(

@@ -60,8 +60,14 @@ def copy_batch(
         input_ids.detach().cpu().long(),
         attention_mask.detach().cpu().ne(0),
         loss_mask.detach().cpu().ne(0),
-        None if seq_lens is None else seq_lens.detach().cpu().long(),
+        None if seq_lens is None else _trimmed(seq_lens.detach().cpu().long()),
     )
+
+
+def _trimmed(seq_lens: torch.Tensor) -> torch.Tensor:
+    """Return lengths [B, max_docs] without the trailing columns that are 0 in every row."""
+    used = seq_lens.ne(0).any(0).nonzero()
+    return seq_lens[:, : int(used[-1]) + 1].contiguous()
 
 
 def exchange(
@@ -88,7 +94,11 @@ def exchange(
     """
     headers: list[httpx.Headers] = []
     if draft_vocab is not None:
-        connection.ensure_registered(draft_vocab, info.vocab_size)
+        try:
+            connection.ensure_registered(draft_vocab, info.vocab_size)
+        except InvalidRequest:  # it fitted once: another target may be served there now
+            fleet.check_fingerprint(connection.model_info().fingerprint, connection.url)
+            raise
     try:
         frame = ask(headers.append)
     except VocabMappingMissing:

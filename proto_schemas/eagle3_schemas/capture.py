@@ -6,8 +6,8 @@ what travels. As with supervision, neither padding nor rows outside the loss mas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Annotated, Any, Final
 
@@ -79,7 +79,7 @@ class CaptureResponse(Message):
     draft_vocab_digest: Digest | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth to compare by
 class Capture:
     """The outputs asked for, and only those: each is an attribute of its name.
 
@@ -102,6 +102,15 @@ class Capture:
     position_ids: torch.Tensor | None = None
     seq_lens: torch.Tensor | None = None
     doc_remaining: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Make the outputs read-only."""
+        object.__setattr__(self, "outputs", MappingProxyType(dict(self.outputs)))
+
+    def __reduce__(self) -> tuple[type[Capture], tuple[Any, ...]]:
+        """Copy and pickle it as its parts: a read-only mapping itself cannot be."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self), tuple((values | {"outputs": dict(self.outputs)}).values())
 
     def __repr__(self) -> str:
         """Name the outputs and their shapes."""
@@ -149,30 +158,30 @@ def check_outputs(outputs: Sequence[str], offered: Mapping[str, str]) -> tuple[s
     Raises:
         InvalidRequest: none, an unknown one, one this target does not give, or one twice.
     """
-    names = () if isinstance(outputs, str) else tuple(outputs)
+    names = tuple(outputs) if isinstance(outputs, Iterable) else (None,)
     if isinstance(outputs, str) or not all(isinstance(name, str) for name in names):
         raise InvalidRequest(f"outputs must be a sequence of names; got {outputs!r:.100}")
     wrong = [name for name in names if name not in offered]
     if not names or wrong or len(set(names)) != len(names):
         raise InvalidRequest(
             f"outputs must be distinct names out of {list(offered)}, which this target gives; got "
-            f"{list(names)}"
+            f"{list(names)!s:.200}"
         )
     return names
 
 
-def pack_capture(batch: TokenBatch, **fields: Any) -> tuple[CaptureRequest, EncodedFrame]:
+def pack_capture(batch: TokenBatch, **others: Any) -> tuple[CaptureRequest, EncodedFrame]:
     """Encode a batch of CPU tensors as a capture request's frame.
 
     Args:
         batch: CPU tensors that passed `check_batch_shapes`.
-        fields: the other fields of `CaptureRequest`.
+        others: the other fields of `CaptureRequest`.
 
     Raises:
         InvalidRequest: an id that does not fit int32, or a field `CaptureRequest` refuses.
     """
     batch_fields, tensors = pack_tokens(batch)
-    request = parse(CaptureRequest, batch_fields | fields)
+    request = parse(CaptureRequest, batch_fields | others)
     return request, encode(request.model_dump(exclude_defaults=True), tensors)
 
 

@@ -95,7 +95,7 @@ class TargetHead:
             )
         rows = last_hidden.reshape(-1, last_hidden.shape[-1]).to(self.weight.dtype)
         output = self.transform(linear(pad_rows(rows), self.weight, self.bias)[: rows.shape[0]])
-        return output.view(*last_hidden.shape[:-1], -1)
+        return output.view(*last_hidden.shape[:-1], output.shape[-1])
 
 
 def unpack_target_head(

@@ -137,6 +137,11 @@ def unpack_tokens(request: BatchRequest, frame: Frame) -> TokenBatch:
         input_ids[used] = ids.long()
     seq_lens = frame.tensors.get("seq_lens")
     if seq_lens is not None:
+        if seq_lens.ndim == 2 and seq_lens.shape[1] > shape[1]:  # before it costs any time
+            raise InvalidRequest(
+                f"seq_lens of rows of {shape[1]} tokens may have as many documents; got shape "
+                f"{list(seq_lens.shape)}. Leave out columns that are all 0"
+            )
         check_seq_lens(seq_lens, attention_mask)
         seq_lens = seq_lens.long()
     return TokenBatch(input_ids, attention_mask, loss_mask, seq_lens)

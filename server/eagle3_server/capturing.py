@@ -138,7 +138,9 @@ def capture_rows(
                 part.copy_(in_order.softmax(-1) if name == "loss_mask_probs" else in_order)
     result = {"argmax": argmax.int(), "logsumexp": total, "draft_logsumexp": draft_total}
     for name in wanted:
-        result[name] = drafts.get(name, total.new_empty(shape))
+        if name not in drafts:  # no rows: their dtype is still the head's
+            drafts[name] = _rows_of(shape, name, next(iter(source.tiles(positions)))[1])
+        result[name] = drafts[name]
     if selected is not None and "position_mask" in outputs:
         in_vocab = torch.zeros_like(supervised).flatten()
         in_vocab[positions] = selected[1][argmax]

@@ -24,11 +24,13 @@ class Found:
     """What stands between the last decoder layer and the head.
 
     Attributes:
+        has_hidden: whether what the head is given has the layers' width, H.
         has_prenorm: whether the last layer's output is what the final norm is given.
         norm: the norm in a form a trainer can apply, or None.
-        reason: why one of the two is missing, or None.
+        reason: why one of them is missing, or None.
     """
 
+    has_hidden: bool
     has_prenorm: bool
     norm: FinalNorm | None
     reason: str | None
@@ -65,31 +67,50 @@ def find_final_norm(
     finally:
         for handle in handles:
             handle.remove()
-    # The last such call: NanoChat norms its embeddings with the same module. Mamba casts after it.
-    module, given, result = next(
-        (
-            call
-            for call in reversed(calls)
-            if call[2].shape == inputs[0].shape
-            and torch.equal(call[2].to(inputs[0].dtype), inputs[0])
-        ),
-        (None, None, None),
-    )
-    if module is None or given is None or result is None:
-        return Found(False, None, "no module's output is what the head is given")
-    if not torch.equal(given, last[0]):
+    if inputs[0].shape != last[0].shape:
         return Found(
-            False, None, f"{type(module).__name__}, before the head, is not given the last layer's "
-            "output",
+            False, False, None, f"the head is given {inputs[0].shape[-1]} values a token, and the "
+            f"layers give {last[0].shape[-1]}",
         )  # fmt: skip
-    error, norm = min(
-        ((_error(form, given, result), form) for form in _forms(module)),
-        key=lambda pair: pair[0],
-        default=(float("inf"), None),
+    # The last such call: NanoChat norms its embeddings with the same module. Mamba casts after it.
+    module, given = next(
+        (
+            (module, given)
+            for module, given, result in reversed(calls)
+            if result.shape == given.shape == inputs[0].shape
+            and torch.equal(result.to(inputs[0].dtype), inputs[0])
+        ),
+        (None, None),
     )
-    if norm is None or not error <= _SAME.get(result.dtype, _SAME_HALF):
-        return Found(True, None, f"{type(module).__name__} is a norm of no form known here")
-    return Found(True, norm, None)
+    if module is None or given is None:
+        return Found(True, False, None, "no module's output is what the head is given")
+    name = type(module).__name__
+    if not torch.equal(given, last[0]):
+        reason = f"{name}, before the head, is not given the last layer's output"
+        return Found(True, False, None, reason)
+    try:
+        error, norm = _closest(module, given)
+    except Exception as exc:  # whatever a module does when it is called by itself
+        return Found(True, True, None, f"{name} cannot be called by itself: {exc!r:.200}")
+    if norm is None or not error <= _SAME.get(given.dtype, _SAME_HALF):
+        return Found(True, True, None, f"{name} is a norm of no form known here")
+    return Found(True, True, norm, None)
+
+
+def _closest(module: nn.Module, given: torch.Tensor) -> tuple[float, FinalNorm | None]:
+    """Return the form that comes closest to a module, and its error.
+
+    On inputs as they are, and far smaller ones: beside those of a forward no eps would show.
+    """
+    with torch.no_grad():
+        probes = [given * scale for scale in (1.0, 1e-2, 1e-4)]
+        results = [module(probe) for probe in probes]
+        best: tuple[float, FinalNorm | None] = float("inf"), None
+        for form in _forms(module):
+            errors = [_error(form, *pair) for pair in zip(probes, results, strict=True)]
+            if max(errors) < best[0]:  # the first of equals, the plainest
+                best = max(errors), form
+    return best
 
 
 def _is_state(value: object) -> bool:
@@ -105,9 +126,10 @@ def _error(norm: FinalNorm, given: torch.Tensor, result: torch.Tensor) -> float:
 
 def _forms(module: nn.Module) -> Iterator[FinalNorm]:
     """Give the forms that families have, the plainest first."""
-    eps = next((e for n in _EPS_NAMES if isinstance(e := getattr(module, n, None), float)), None)
-    if eps is None:
-        eps = torch.finfo(torch.float32).eps  # nn.RMSNorm's
+    named = [getattr(module, name, None) for name in _EPS_NAMES]
+    found = [float(e) for e in named if isinstance(e, (int, float, torch.Tensor))]
+    # What modules have that do not say: OLMo's, others', and nn.RMSNorm's without one.
+    epsilons = found or [1e-5, 1e-6, torch.finfo(torch.float32).eps]
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     gains: list[torch.Tensor | None] = [None]
     if isinstance(weight, torch.Tensor) and weight.ndim == 1:
@@ -115,5 +137,5 @@ def _forms(module: nn.Module) -> Iterator[FinalNorm]:
         gains = [weight, 1.0 + weight.float(), 1.0 + weight]  # Llama, Gemma, Nemotron
     bias = bias.detach() if isinstance(bias, torch.Tensor) and bias.ndim == 1 else None
     kinds: tuple[Literal["rms", "layer"], ...] = ("rms", "layer")
-    for kind, gain, in_float32 in product(kinds, gains, (False, True)):
+    for eps, kind, gain, in_float32 in product(epsilons, kinds, gains, (False, True)):
         yield FinalNorm(NormForm(kind, eps, in_float32), gain, bias)

@@ -227,7 +227,7 @@ def forward_documents(
         places, is_real = _places(group, input_ids.shape[1], input_ids.device)
         result = forward_with_aux(model, ids[places], is_real, aux_layer_ids, head_to_cut)
         source, target = is_real.flatten(), places[is_real]
-        if not states:
+        if logits is None:  # not `states`, which stay empty where no layer is wanted
             states = [_spread(s, total) for s in result.aux_states]
             logits = result.logits if head_to_cut is not None else _spread(result.logits, total)
             if result.head_input is not None:

@@ -113,10 +113,10 @@ class TransformersTarget:
             can_trim=not positions_depend_on_length(model),
             full_chunk_rows=max(head_chunk_bytes // (4 * vocab_size), 1),
         )
-        between = Found(False, None, head_reason)
+        between = Found(False, False, None, head_reason)
         if self._head is not None:
             between = find_final_norm(model, self._head, forward)
-        self._norm = between.norm
+        self._norm, self._has_hidden = between.norm, between.has_hidden
         dtype = str(probe.aux_states[0].dtype).removeprefix("torch.")
         quantization = quantization_of(model)
         parts = {"config_digest": config_digest(model), "weights_digest": weights_digest(model)}
@@ -162,7 +162,7 @@ class TransformersTarget:
             outputs=tuple(
                 name
                 for name in OUTPUTS
-                if (name != "last_hidden" or self._head is not None)
+                if (name != "last_hidden" or between.has_hidden)
                 and (name != "last_hidden_prenorm" or between.has_prenorm)
             ),
             outputs_reason=between.reason,
@@ -190,6 +190,11 @@ class TransformersTarget:
     def target_head(self) -> DeviceTensors:
         """Return the whole head and the final norm; see `Target`."""
         head = self._plain_head("the whole head")
+        if not self._has_hidden:
+            raise InvalidRequest(
+                f"the whole head is of no use here: {self._description.outputs_reason}. Ask for "
+                "outputs of the head instead"
+            )
         tensors = {"weight": head.weight.detach()}
         if head.bias is not None:
             tensors["bias"] = head.bias.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,8 +79,8 @@ def test_exact_rows_of_a_small_forward_take_the_full_head(build_model: Any) -> N
     """A matmul of fewer than 16 rows takes another kernel, in the co-located target too."""
     target = TransformersTarget(build_model("llama"), model_id="tiny")
     for surplus, is_full in ((1.0, True), (1.125, False)):
-        target._packing = Packing("documents", None, surplus)
-        assert (target._rows_head(packed_job(exact=True)) is None) == is_full
+        runner = replace(target._runner, packing=Packing("documents", None, surplus))
+        assert runner.needs_full_head(packed_job(exact=True)) == is_full
 
 
 def test_padding_behind_the_last_document_is_not_trimmed_away(

@@ -79,3 +79,13 @@ def test_the_answer_says_what_it_answers(connection: Connection) -> None:
     assert answer.fields["draft_vocab_digest"] is None
     asked = decode(capture_of().to_bytes())
     assert asked.fields["outputs"] == ["argmax"]
+
+
+def test_more_documents_than_tokens_are_refused_before_they_cost_time(
+    connection: Connection,
+) -> None:
+    lens = torch.zeros(2, 10, dtype=torch.int32)
+    lens[:, 0] = 9
+    frame = frame_of({"seq_lens": lens}, draft_vocab_digest=None, outputs=["argmax"])
+    with pytest.raises(InvalidRequest, match=r"of 9 tokens .*got shape \[2, 10\].*all 0"):
+        connection.supervise(frame, "request-7", path=CAPTURE_PATH)
