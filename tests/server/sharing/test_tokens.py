@@ -22,7 +22,9 @@ GUARDED = [
     ("GET", "/v1/input-embeddings"),
     ("GET", f"/v1/draft-vocabs/{VOCAB.digest}/head"),
     ("PUT", f"/v1/draft-vocabs/{VOCAB.digest}"),
+    ("GET", "/v1/head"),
     ("POST", "/v1/supervision"),
+    ("POST", "/v1/capture"),
     ("GET", "/no-such-path"),
 ]
 WRONG = [
