@@ -40,6 +40,7 @@ soak: setup
 	EAGLE3TEST_KILLS=100 EAGLE3TEST_NETWORK_STEPS=5000 EAGLE3TEST_RESETS=5000 \
 		EAGLE3TEST_SEED=$$(date +%s) $(VENV_PYTHON) -m pytest -s --timeout=7200 \
 		tests/faults -k "random or resets"
+	EAGLE3TEST_GROUPS=50 $(VENV_PYTHON) -m pytest -s --timeout=7200 tests/parallel -k in_a_row
 
 clean:
 	rm -rf .venv demo-report

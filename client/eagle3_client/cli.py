@@ -65,6 +65,9 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="torch device [auto: cuda if there is one].")
     ] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="Processes, one a device, to shard the weights over [1].")
+    ] = None,
     attn_implementation: Annotated[
         str | None, typer.Option(help="sdpa, eager, flash_attention_2 … [the model's default].")
     ] = None,

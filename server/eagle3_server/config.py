@@ -49,6 +49,12 @@ class ServerSettings(BaseSettings):
     equality with a co-located target of another dtype."""
     device: str = "auto"
     """torch device; auto is cuda if there is one. Who has several GPUs: cuda:1."""
+    tp: Annotated[int, Field(ge=1)] = 1
+    """Processes, one a device, that the weights are sharded over. Who serves a target larger than a
+    device."""
+    tp_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds a process of the group waits for the others before it gives up. Who has a network
+    that stalls longer, or wants to know sooner."""
     attn_implementation: str | None = None
     """transformers' attention (sdpa, eager, flash_attention_2). Who compares with such a target."""
     aux_layer_ids: Annotated[tuple[int, ...] | None, NoDecode] = None

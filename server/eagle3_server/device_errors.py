@@ -7,6 +7,8 @@ import re
 
 import torch
 
+from eagle3_server.group import GroupBroken
+
 # DefaultCPUAllocator raises a plain RuntimeError; so do CUDA's libraries and its driver.
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|_ALLOC_FAILED|memory allocation")
 # What a library does not support, or finds wrong in its arguments, leaves the device as it was.
@@ -23,6 +25,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_fatal(error: BaseException) -> bool:
     """Whether the device is lost to this process: every later call would fail too."""
+    if isinstance(error, GroupBroken):
+        return True
     if is_out_of_memory(error) or _HARMLESS.search(str(error)):
         return False
     accelerator_error = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later

@@ -8,6 +8,7 @@ import json
 from torch import nn
 
 from eagle3_schemas.tensors import byte_view, flat_bytes
+from eagle3_server.sharding import whole
 
 _SAMPLE_BYTES = 64 * 1024
 
@@ -65,7 +66,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256(b"eagle3-weights-v1\0")
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}\0{list(tensor.shape)}\0{tensor.dtype}\0".encode())
-        data = flat_bytes(tensor.detach())
+        data = flat_bytes(whole(tensor.detach()))
         spare = max(data.numel() - _SAMPLE_BYTES, 0)
         # Spread by the name, so that the samples of 32 equal layers are not the same 32 rows.
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % (spare + 1)

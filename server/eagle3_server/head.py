@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform, pad_rows
 from eagle3_server.layout import max_sequence_length, text_config
+from eagle3_server.sharding import is_sharded, whole
 
 _CPU_TILE_BYTES = 4 * 1024 * 1024  # stays in the cache between the matmul and the reductions
 _CPU_CHUNK_ROWS = 2048  # a matmul packs the weights anew: dear for few rows
@@ -101,7 +102,8 @@ class RowsHead:
         transform = _find_transform(model, head_output, logits)
         itemsize = max(logits.element_size(), head_output.element_size())
         tile_bytes, ids, most_rows = None, logits.shape[-1], chunk_bytes
-        if _is_plain_linear(module) and head_input.device.type == "cpu":
+        is_whole = _is_plain_linear(module) and not is_sharded(module.weight)  # type: ignore[arg-type]
+        if is_whole and head_input.device.type == "cpu":
             tile_bytes = min(chunk_bytes, _CPU_TILE_BYTES)
             ids, most_rows = _MIN_TILE_IDS, _CPU_CHUNK_ROWS
         rows = min(chunk_bytes // (itemsize * ids), most_rows)
@@ -179,8 +181,8 @@ class RowsHead:
         if not self.is_plain_linear:
             raise HeadUnsupported("the head is not a plain unquantised linear")
         weight, bias = self.module.weight, self.module.bias
-        rows = weight.detach().index_select(0, selected_token_ids)  # type: ignore[operator]
-        return rows, None if bias is None else bias.detach()[selected_token_ids]  # type: ignore[operator]
+        rows = whole(weight.detach()).index_select(0, selected_token_ids)  # type: ignore[operator]
+        return rows, None if bias is None else whole(bias.detach())[selected_token_ids]  # type: ignore[operator]
 
     @property
     def is_plain_linear(self) -> bool:
@@ -192,7 +194,7 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
         and module.weight.is_floating_point()
-        and type(module.weight.data) is torch.Tensor
+        and (type(module.weight.data) is torch.Tensor or is_sharded(module.weight.data))
     )
 
 

@@ -8,19 +8,26 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from eagle3_schemas import tokenizer_digest
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
+from eagle3_server.group import Group, GroupBroken
+from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
 
 logger = logging.getLogger(__name__)
 
 
-def load_target(settings: ServerSettings) -> TransformersTarget:
+def load_target(settings: ServerSettings, group: Group | None = None) -> TransformersTarget:
     """Load the model the settings name: a hub id, a checkpoint's directory, or a .gguf file.
 
     A multimodal checkpoint whose family has no text-only class is loaded whole and served on text.
+
+    Args:
+        settings: what to load.
+        group: processes to shard it over, which all call this; None keeps it whole.
 
     Raises:
         InvalidRequest: no model was named, it cannot be loaded, or the checkpoint lacks weights;
@@ -33,6 +40,8 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
         if settings.device == "auto"
         else settings.device
     )
+    if group is not None:
+        device = group.device
     dtype = (
         (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if settings.dtype == "auto"
@@ -49,6 +58,10 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
             raise InvalidRequest(f"no such file: {path}")
         source, extra["gguf_file"] = str(path.parent), path.name
         auto_class = transformers.AutoModelForCausalLM
+    if group is not None:
+        if "gguf_file" in extra:
+            raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
+        extra["distributed_config"] = DistributedConfig(tp_size=group.size, tp_plan="auto")
     if settings.attn_implementation is not None:
         extra["attn_implementation"] = settings.attn_implementation
     try:
@@ -72,21 +85,50 @@ def load_target(settings: ServerSettings) -> TransformersTarget:
             f"cannot load {settings.model!r}: the checkpoint lacks {len(missing)} of the weights "
             f"of {type(model).__name__}, such as {', '.join(missing[:3])}"
         )
-    return TransformersTarget(
-        model.to(device),
+    if group is not None:
+        _report_shards(model, group)
+    described: dict[str, Any] = {
         # A directory's name, not its path: paths of the server's disk are nobody's business.
-        model_id=settings.model_name
+        "model_id": settings.model_name
         or (Path(settings.model).name if Path(settings.model).exists() else settings.model),
-        revision=settings.revision,
-        tokenizer_digest=_tokenizer_digest(source, **where, **extra),
-        aux_layer_ids=settings.aux_layer_ids,
-        head_chunk_bytes=settings.head_chunk_bytes,
+        "revision": settings.revision,
+        "tokenizer_digest": _tokenizer_digest(source, **where, **extra),
+        "aux_layer_ids": settings.aux_layer_ids,
+        "head_chunk_bytes": settings.head_chunk_bytes,
+    }
+    try:
+        return TransformersTarget(model.to(device), **described)
+    except (RuntimeError, NotImplementedError, TypeError) as exc:
+        if group is None or isinstance(exc, GroupBroken):
+            raise
+        raise InvalidRequest(
+            f"{type(model).__name__} does not run under transformers' plan for it ({exc!s:.300}). "
+            "Try a --tp that divides its heads, or serve it without"
+        ) from exc
+
+
+def _report_shards(model: Any, group: Group) -> None:
+    """Say how much of the model is here; warn if most of it is on every rank."""
+    whole, here = 0, 0
+    for parameter in model.parameters():
+        whole += parameter.numel() * parameter.element_size()
+        here += (parameter.to_local() if is_sharded(parameter) else parameter).nbytes
+    share = here / max(whole, 1)
+    logger.info(
+        "rank %d holds %.0f %% of the weights' %.1f GB", group.rank, 100 * share, whole / 1e9
     )
+    if share > (1 + 1 / group.size) / 2:
+        logger.warning(
+            "transformers' plan for %s shards little of it: %d devices hold hardly more than one",
+            type(model).__name__,
+            group.size,
+        )
 
 
 def _tokenizer_digest(source: str, **where: Any) -> str | None:
     """Digest the checkpoint's tokenizer, if it has one; the target itself needs none."""
-    where.pop("attn_implementation", None)
+    for name in ("attn_implementation", "distributed_config"):
+        where.pop(name, None)
     try:
         return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))
     except Exception as exc:  # no such files, an unknown class, a missing package: all in words

@@ -11,7 +11,9 @@ import socket
 import ssl
 import sys
 import time
+from dataclasses import replace
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import transformers
@@ -21,8 +23,10 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.allocator import give_back_freed_memory, keep_freed_memory
 from eagle3_server.app import create_app
 from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
-from eagle3_server.engine import TargetDescription
+from eagle3_server.engine import Target, TargetDescription
+from eagle3_server.group import Group, GroupBroken, rank_here
 from eagle3_server.http_protocol import bounded
+from eagle3_server.launching import launch
 from eagle3_server.listening import (
     allow_open_files,
     hold_unix,
@@ -34,6 +38,7 @@ from eagle3_server.listening import (
 from eagle3_server.loading import load_target
 from eagle3_server.logs import set_up_logging
 from eagle3_server.service import Service
+from eagle3_server.tensor_parallel import LeadingTarget, follow
 from eagle3_server.transformers_target import TransformersTarget
 
 _KEEP_ALIVE_S = 600  # uvicorn's 5 s would close connections between two optimizer steps
@@ -54,11 +59,17 @@ def serve(settings: ServerSettings) -> int:
         keep_freed_memory()
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if settings.tp > 1:
+        rank = rank_here()
+        if rank is None:
+            return launch(settings)
+        if rank > 0:
+            _follow(settings)
     failures: list[BaseException] = []
 
-    def load() -> TransformersTarget:
+    def load() -> Target:
         started = time.monotonic()
-        target = load_target(settings)
+        target = _load(settings)
         give_back_freed_memory()
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
         logger.info("warming up")
@@ -114,7 +125,60 @@ def serve(settings: ServerSettings) -> int:
             logger.info("stopped without waiting for the model")
             logging.shutdown()
             os._exit(0 if server.was_terminated and not failures else 1)
-    return 1 if failures or not server.started else 0
+    code = 1 if failures or not server.started else 0
+    if settings.tp > 1:
+        _end(code)
+    return code
+
+
+def _end(code: int) -> NoReturn:
+    """End a process of a group: about 1 in 8 interpreters aborts under what torch leaves running.
+
+    That is how often one did that destroyed its process group and returned.
+    """
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _load(settings: ServerSettings) -> Target:
+    if settings.tp == 1:
+        return load_target(settings)
+    group = _join(settings)
+    return LeadingTarget(_shards(settings, group), group)
+
+
+def _shards(settings: ServerSettings, group: Group) -> TransformersTarget:
+    """Load this rank's part, and compare what was found of it with the others'."""
+    target = load_target(settings, group)
+    found = replace(target.describe(), device="")
+    group.check_same(f"{found} {settings.head_chunk_bytes}", "targets or settings")
+    return target
+
+
+def _join(settings: ServerSettings) -> Group:
+    is_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    group = Group.join(torch.device("cpu" if is_cpu else "cuda"), settings.tp_timeout_s)
+    if group.size != settings.tp:
+        raise InvalidRequest(
+            f"--tp {settings.tp} needs as many processes; WORLD_SIZE is {group.size}. Start "
+            f"{settings.tp} with torchrun, or set --tp {group.size}"
+        )
+    return group
+
+
+def _follow(settings: ServerSettings) -> NoReturn:
+    """Be a rank that does not serve, until the leader ends; then end the process."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # the leader's to obey: it drains first
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        group = _join(settings)
+        follow(_shards(settings, group), group)
+        group.leave()
+    except GroupBroken as exc:
+        logger.critical("rank %s ends: %s", os.environ["RANK"], exc)
+        _end(1)
+    _end(0)
 
 
 class _Server(uvicorn.Server):

@@ -10,13 +10,14 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
 from starlette.requests import Request
 
 from eagle3_schemas import ModelInfo
-from eagle3_schemas.errors import DeadlineExceeded, NotReady, TargetOutOfMemory
+from eagle3_schemas.errors import DeadlineExceeded, NotReady, QueueFull, TargetOutOfMemory
 from eagle3_schemas.messages import Limits, ServerStatus
 from eagle3_server.budget import Budget
 from eagle3_server.computations import PASSED, Computations, Identity
@@ -28,6 +29,7 @@ from eagle3_server.model_info import model_info
 from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
 from eagle3_server.telemetry import Telemetry
+from eagle3_server.tensor_parallel import LeadingTarget
 from eagle3_server.vocab import DraftVocabRegistry
 from eagle3_server.warm_up import WarmUp, warm_up
 
@@ -68,6 +70,7 @@ class Service:
         self._on_failure: Callable[[BaseException], None] | None = None
         self._is_admitting = True
         self._computations = Computations()
+        self._stopped = threading.Event()
         self.telemetry = Telemetry()
         self.instance = uuid.uuid4().hex
         self.tokens = Budget(settings.max_tokens_in_flight, "tokens", "max_tokens_in_flight")
@@ -98,6 +101,8 @@ class Service:
                 target = load()
                 self._warmed = warm_up(target, self._settings.max_tokens_per_request)
                 self._target = target
+                if isinstance(target, LeadingTarget):
+                    self._keep_alive(target)
                 if on_ready is not None:
                     on_ready()
             except BaseException as exc:
@@ -122,9 +127,23 @@ class Service:
         Waits neither for loading nor long for work whose client gave it up: see `is_working`.
         """
         self.drain()
+        if isinstance(self._target, LeadingTarget):
+            with suppress(NotReady, QueueFull):  # closed before
+                self._compute.submit(self._target.close)
+        self._stopped.set()
         ends = time.monotonic() + (0.0 if self._target is None else _CLOSE_S)
         for stage in (self._compute, self._copy):
             stage.close(max(ends - time.monotonic(), 0.0))
+
+    def _keep_alive(self, target: LeadingTarget) -> None:
+        """Have a word said to the target's group every so often, on the compute thread."""
+
+        def say() -> None:
+            while not self._stopped.wait(target.keep_alive_s):
+                with suppress(NotReady, QueueFull):  # then others are at work
+                    self._compute.submit(lambda: self._attempt(target.keep_alive, "keep-alive"))
+
+        threading.Thread(target=say, name="keep-alive", daemon=True).start()
 
     @property
     def is_working(self) -> bool:

@@ -44,6 +44,7 @@ from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
 from eagle3_server.layout import decoder_layers, max_sequence_length, positions_depend_on_length
 from eagle3_server.packing import find_packing
 from eagle3_server.running import JobRunner, aux_names, check_finite
+from eagle3_server.sharding import is_sharded, whole
 from eagle3_server.supervise import supervise_rows
 
 _CACHED_DRAFT_VOCABS = 16
@@ -176,7 +177,10 @@ class TransformersTarget:
     def input_embeddings(self) -> DeviceTensors:
         """Return the input embeddings' `weight`."""
         weight = self._embedding_weight().detach()
-        return DeviceTensors.queued({"weight": weight}, self._device, is_constant=True)
+        is_constant = not is_sharded(weight)
+        return DeviceTensors.queued(
+            {"weight": whole(weight)}, self._device, is_constant=is_constant
+        )
 
     def draft_head(self, draft_vocab: DraftVocab) -> DeviceTensors:
         """Return the head's rows for a draft vocab; see `Target`."""
@@ -195,13 +199,14 @@ class TransformersTarget:
                 f"the whole head is of no use here: {self._description.outputs_reason}. Ask for "
                 "outputs of the head instead"
             )
-        tensors = {"weight": head.weight.detach()}
+        tensors = {"weight": whole(head.weight.detach())}
         if head.bias is not None:
-            tensors["bias"] = head.bias.detach()
+            tensors["bias"] = whole(head.bias.detach())
         if self._norm is not None:
             parts = {"norm_weight": self._norm.weight, "norm_bias": self._norm.bias}
             tensors |= {name: part for name, part in parts.items() if part is not None}
-        return DeviceTensors.queued(tensors, self._device, is_constant=True)
+        is_constant = not is_sharded(head.weight)
+        return DeviceTensors.queued(tensors, self._device, is_constant=is_constant)
 
     def supervise(self, job: SupervisionJob) -> DeviceTensors:
         """Run the target on one job: one forward, then the head for the rows asked for."""

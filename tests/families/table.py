@@ -6,10 +6,12 @@ import logging
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.families.checks import USED, B, Case, D, Difference, T, make_job
 from tests.families.configs import FAMILIES, Family, H, L, V
+from tests.parallel.families_in_two import measure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "model-coverage.md"
 
@@ -27,6 +29,10 @@ No expert flips, and bfloat16 against float32 on the same weights differs by 2.1
 def bound(family: Family, dtype: torch.dtype) -> Difference:
     """Return the most that a family's default mode may differ."""
     return AMPLIFIED.get((family.name, dtype), BOUNDS[dtype])
+
+
+TENSOR_PARALLEL = Difference(probs=5e-5, aux=5e-4, masks=0)
+"""Most that two ranks may differ from one process, in float32."""
 
 
 def _words(most: Difference) -> str:
@@ -58,6 +64,13 @@ a random transformers model ({L} layers, H {H}, V {V}; a batch of [{B}, {T}] tok
   - Qwen3-Next in bfloat16: {_words(AMPLIFIED["Qwen3-Next", torch.bfloat16])}. Its
     linear attention amplifies rounding tenfold; bfloat16 itself is 2.1 from float32 there.
 
+- **Two ranks**: the weights sharded over two processes (`--tp 2`, gloo, float32, `exact`) by the
+  plan that transformers has for the family, against the full path in one process: the largest
+  difference of `target_probs` / of `aux_hidden_states`, as above, with an equal `position_mask`.
+  Asserted: ≤ {TENSOR_PARALLEL.probs:g} / {TENSOR_PARALLEL.aux:g}. `none`: transformers has no plan;
+  `fails`: its forward does not run under it; both are refused at load. `head alone`: the plan does
+  not reach into this config's layers, which every rank then holds whole.
+
 A loss mask that is 1 on padding further than a sliding window from any attended token asks for the
 logits of a token with nothing to attend to. They depend on the padded width (Gemma2: 1e-3 of
 `target_probs`), so trimming changes them by more than rounding; `exact` never does.
@@ -66,8 +79,8 @@ Multimodal classes (`…ForConditionalGeneration`) are run on text alone. Gemma 
 its layers carry four streams, and none of them is the hidden state that EAGLE-3 reads.
 
 | family | class | head | after the head | encodings | layer oracle | exact fp32 | exact bf16 | \
-default fp32 | default bf16 |
-|---|---|---|---|---|---|---|---|---|---|
+default fp32 | default bf16 | two ranks |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -76,7 +89,8 @@ def write_table() -> str:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return INTRO + "".join(_row(family) for family in FAMILIES)
+        sharded = measure([family.name for family in FAMILIES])
+        return INTRO + "".join(_row(family, sharded[family.name]) for family in FAMILIES)
     finally:
         torch.set_num_threads(before)
 
@@ -91,7 +105,7 @@ def without_numbers(page: str) -> str:
     return re.sub(r"\S+ / \S+(?= \|)", "…", page)
 
 
-def _row(family: Family) -> str:
+def _row(family: Family, sharded: dict[str, Any]) -> str:
     # Built in bfloat16 last: an upcast shows there only.
     cases = [Case(family, dtype) for dtype in (torch.float32, torch.bfloat16)]
     described = cases[-1].description
@@ -105,6 +119,7 @@ def _row(family: Family) -> str:
         f"next input, `{offset}`",
         *(_exact(case) for case in cases),
         *(_difference(case) for case in cases),
+        _sharded(sharded),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -127,6 +142,20 @@ def _exact(case: Case) -> str:
 def _difference(case: Case) -> str:
     difference = case.default_difference(make_job())
     return f"{_round_up(difference.probs)} / {_round_up(difference.aux)}"
+
+
+def _sharded(outcome: dict[str, Any]) -> str:
+    if "error" in outcome:
+        if "does not run under transformers' plan" in outcome["error"]:
+            return "fails"
+        assert "has no `tp_plan`" in outcome["error"], outcome
+        return "none"
+    assert outcome["probs"] <= TENSOR_PARALLEL.probs, outcome
+    assert outcome["aux"] <= TENSOR_PARALLEL.aux, outcome
+    assert outcome["masks"] == 0, outcome
+    assert outcome["sharded"] > 0, outcome
+    which = "" if outcome["sharded"] > 1 else "head alone: "
+    return f"{which}{_round_up(outcome['probs'])} / {_round_up(outcome['aux'])}"
 
 
 def _round_up(value: float) -> str:

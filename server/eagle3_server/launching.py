@@ -1,0 +1,168 @@
+"""`launch`: starts a tensor-parallel group on this host, passes signals on, and ends it whole."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import torch
+
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_server.config import ServerSettings
+from eagle3_server.group import LISTEN_FD_VARIABLE
+
+_POLL_S = 0.05
+_FOLLOWERS_S = 10.0  # they get to end after the leader
+_PR_SET_PDEATHSIG = 1
+_MEMBER = (
+    "import sys; sys.path = [each for each in sys.path if each]; "
+    "from eagle3_server.member import main; raise SystemExit(main())"
+)
+
+logger = logging.getLogger("eagle3_server")
+
+
+def launch(settings: ServerSettings) -> int:
+    """Run `serve` in `settings.tp` processes, rank 0 the one that serves; return the exit code.
+
+    Rank 0 gets our SIGTERM and SIGINT as SIGTERM, and sends the others home when it has drained. If
+    any ends before that, all are ended, and the code is 1.
+    """
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise InvalidRequest(
+            "--tp takes the devices of this host in order: expected --device auto, cpu or cuda, "
+            f"got {settings.device}. Choose among GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    devices = torch.cuda.device_count()
+    wants_gpus = settings.device == "cuda" or (settings.device == "auto" and devices > 0)
+    if wants_gpus and devices < settings.tp:
+        raise InvalidRequest(
+            f"--tp {settings.tp} needs as many GPUs, or --device cpu; this host has {devices}"
+        )
+    group = _Members(settings)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for number in handlers:
+            signal.signal(number, group.pass_on)
+        group.start()
+        return group.watch()
+    finally:
+        group.kill()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def settings_to_json(settings: ServerSettings) -> str:
+    """Write settings down, tokens included: for a pipe, not for a log."""
+    fields = settings.model_dump(mode="json", exclude_unset=False)
+    if settings.token is not None:
+        fields["token"] = settings.token.get_secret_value()
+    return json.dumps(fields)
+
+
+def _dies_with_parent() -> Callable[[], None] | None:
+    """Return what makes the kernel end a child whose parent was killed; Linux alone has it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return ask
+
+
+class _Members:
+    """The ranks' processes."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._size, self._text = settings.tp, settings_to_json(settings)
+        self._members: list[subprocess.Popen[bytes]] = []
+        self._signals = 0
+
+    def pass_on(self, _number: int, _frame: FrameType | None) -> None:
+        """Note a signal; `watch` sends it to the leader."""
+        self._signals += 1
+
+    def start(self) -> None:
+        """Start every rank, with a socket on loopback for them to meet at."""
+        with socket.create_server(("127.0.0.1", 0)) as meeting:
+            for rank in range(self._size):
+                self._members.append(self._start(rank, meeting))
+        logger.info(
+            "tensor parallel: ranks 0 to %d are processes %s",
+            self._size - 1, ", ".join(str(each.pid) for each in self._members),
+        )  # fmt: skip
+
+    def _start(self, rank: int, meeting: socket.socket) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self._size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(meeting.getsockname()[1]),
+            LISTEN_FD_VARIABLE: str(meeting.fileno()),
+        }
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        member = subprocess.Popen(
+            # Not -m, which would look for modules in the current directory first.
+            [sys.executable, "-c", _MEMBER],
+            stdin=subprocess.PIPE,
+            env=environment,
+            pass_fds=[meeting.fileno()] if rank == 0 else [],
+            # A session of its own: an interrupt of the terminal comes to us, the leader has ours.
+            start_new_session=True,
+            preexec_fn=_dies_with_parent(),
+        )
+        assert member.stdin is not None
+        with suppress(BrokenPipeError):  # it ended at once: `watch` sees that
+            member.stdin.write(self._text.encode())
+            member.stdin.close()
+        return member
+
+    def watch(self) -> int:
+        """Wait for the leader's end, or any other's before it; return the exit code."""
+        leader, *followers = self._members
+        passed = 0
+        while (code := leader.poll()) is None:
+            while passed < self._signals:
+                leader.send_signal(signal.SIGTERM)
+                passed += 1
+            for rank, follower in enumerate(followers, 1):
+                if follower.poll():
+                    logger.critical(
+                        "rank %d (process %d) ended with exit code %d: the group cannot go on "
+                        "without it, and is ended; its supervisor has to start it again",
+                        rank, follower.pid, follower.returncode,
+                    )  # fmt: skip
+                    return 1
+            time.sleep(_POLL_S)
+        if code == -signal.SIGTERM and self._signals:  # before it could drain: nothing was served
+            return 0
+        if code == 0:  # it has sent the others home
+            ends = time.monotonic() + _FOLLOWERS_S
+            for rank, follower in enumerate(followers, 1):
+                try:
+                    follower.wait(max(ends - time.monotonic(), 0))
+                except subprocess.TimeoutExpired:
+                    logger.warning("rank %d did not end after the leader, and is killed", rank)
+        return code if code >= 0 else 1
+
+    def kill(self) -> None:
+        """End what still runs."""
+        alive = [member for member in self._members if member.poll() is None]
+        for member in alive:
+            member.kill()
+        for member in alive:
+            member.wait()

@@ -1,0 +1,20 @@
+"""One process of a tensor-parallel group that `launch` started: settings come through stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from eagle3_schemas.errors import RemoteEagle3Error
+from eagle3_server.config import ServerSettings
+from eagle3_server.serve import serve
+
+
+def main() -> int:
+    """Serve, or follow, as RANK says."""
+    settings = ServerSettings(**json.loads(sys.stdin.read()))
+    try:
+        return serve(settings)
+    except RemoteEagle3Error as exc:
+        print(exc, file=sys.stderr)
+        return 2

@@ -1,0 +1,144 @@
+"""`eagle3-remote serve --tp 2` as its users run it: a launcher, its two ranks, what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+PATIENCE_S = 90.0
+TIMEOUT_S = 15  # of the shared group: a rank may wait so long for the other
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose heads, widths and vocab two ranks can share, the vocab unevenly."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=7,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=131,
+        initializer_range=0.2,
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return False
+
+
+class GroupServer:
+    """A launcher with its ranks; ready when it has been built."""
+
+    def __init__(self, *arguments: object, cwd: Path | None = None, **variables: str) -> None:
+        ambient = {name: value for name, value in os.environ.items() if "EAGLE3_" not in name}
+        self.process = subprocess.Popen(
+            [*self.command(), *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=cwd,
+            env={**ambient, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables},
+        )
+        self.said, self.url, self.ranks = "", "", ()
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said += line
+            if found := re.search(r"are processes ([\d, ]+)", line):
+                self.ranks = tuple(int(pid) for pid in found[1].split(", "))
+            if found := re.search(r"trainers use (http://\S+)", line):
+                self.url = found[1]
+                break
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    ranks: tuple[int, ...]
+
+    @staticmethod
+    def command() -> list[str]:
+        return [sys.executable, "-m", "eagle3_client.cli", "serve"]
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            self.said += line
+
+    def kill_rank(self, rank: int) -> None:
+        os.kill(self.ranks[rank], signal.SIGKILL)
+
+    def ended(self) -> int:
+        """Wait for the launcher's exit code, and for its ranks to be gone."""
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        self.wait_until_gone()
+        return code
+
+    def wait_until_gone(self) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while any(map(is_alive, self.ranks)):
+            assert time.monotonic() < deadline, f"ranks {self.ranks} outlive their launcher"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(PATIENCE_S)
+        for pid in filter(is_alive, self.ranks):
+            os.kill(pid, signal.SIGKILL)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def group_server(checkpoint: Path) -> Iterator[GroupServer]:
+    """One that tests only ask."""
+    server = GroupServer(
+        checkpoint, "--tp", 2, "--port", 0, "--device", "cpu", EAGLE3_TP_TIMEOUT_S=str(TIMEOUT_S)
+    )
+    try:
+        assert server.url, server.said
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def serve_group(checkpoint: Path) -> Iterator[Callable[..., GroupServer]]:
+    """`serve_group(**variables)`: the checkpoint served by two ranks on the CPU."""
+    with ExitStack() as stack:
+
+        def start(*arguments: object, **variables: str) -> GroupServer:
+            server = GroupServer(
+                checkpoint, "--tp", 2, "--port", 0, "--device", "cpu", *arguments, **variables
+            )
+            stack.callback(server.close)
+            assert server.url, server.said
+            return server
+
+        yield start
