@@ -136,7 +136,7 @@ def measured(
         result = forward_with_aux(model, some[0], some[1], AUX_LAYER_IDS, head_to_cut=head.module)
         codec = ENCODINGS[encoding]
         return lambda: supervise_rows(
-            target._head_rows(head, result),
+            target._runner.head_rows(head, result),
             some[2].bool(),
             *vocab,
             codec,
