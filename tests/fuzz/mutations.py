@@ -25,9 +25,19 @@ FIELDS: dict[str, Any] = {
     "draft_vocab_digest": DIGEST, "pad_token_id": None, "aux_layer_ids": [1, 2, 3],
     "encoding": "probs", "rows": "position_mask", "aux_dtype": "model", "exact": False,
 }  # fmt: skip
+CAPTURE_FIELDS: dict[str, Any] = {
+    "request_id": "request-7", "batch_size": SHAPE[0], "sequence_length": SHAPE[1],
+    "draft_vocab_digest": DIGEST, "pad_token_id": None, "aux_layer_ids": [1, 2], "exact": False,
+    "outputs": ["aux", "loss_mask_probs", "argmax"],
+}  # fmt: skip
 DTYPES = [
     torch.int32, torch.int64, torch.uint8, torch.bool, torch.float32, torch.bfloat16, torch.int8,
 ]  # fmt: skip
+
+
+def fields_of(random: random.Random) -> dict[str, Any]:
+    """Those of a request for supervision, or of one for a capture."""
+    return random.choice((FIELDS, CAPTURE_FIELDS))
 
 
 def tensors_of(random: random.Random) -> dict[str, torch.Tensor]:
@@ -43,7 +53,7 @@ def tensors_of(random: random.Random) -> dict[str, torch.Tensor]:
 
 def wrong_content(random: random.Random) -> bytes:
     """A well-formed frame, checksums and all, with up to three things in it changed."""
-    fields, tensors = dict(FIELDS), tensors_of(random)
+    fields, tensors = dict(fields_of(random)), tensors_of(random)
     for _ in range(random.randrange(4)):
         name = random.choice(list(fields))
         match random.randrange(6):
@@ -115,7 +125,7 @@ def nearly_right(random: random.Random) -> bytes:
     """One input: half of them mutations of valid frames, the rest wrong content or noise."""
     match random.randrange(8):
         case 0 | 1 | 2 | 3:
-            return damaged(encode(FIELDS, tensors_of(random)).to_bytes(), random)
+            return damaged(encode(fields_of(random), tensors_of(random)).to_bytes(), random)
         case 4 | 5:
             return wrong_content(random)
         case 6:

@@ -17,7 +17,7 @@ from eagle3_schemas import DraftVocab
 from eagle3_schemas.errors import ERROR_KINDS, RemoteEagle3Error
 from eagle3_schemas.frame import decode
 from eagle3_schemas.messages import SupervisionRequest, parse
-from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, SUPERVISION_PATH
+from eagle3_schemas.protocol import CAPTURE_PATH, FRAME_MEDIA_TYPE, SUPERVISION_PATH
 
 pytestmark = pytest.mark.slow
 
@@ -61,11 +61,11 @@ def test_the_server_answers_whatever_it_is_sent_and_then_the_same_as_before(
     generator = random.Random(SEED)
     outcomes: dict[str, int] = {}
     before = 0.0
-    paths = [SUPERVISION_PATH] * 9 + [f"/v1/draft-vocabs/{DIGEST}"]
+    paths = [*[SUPERVISION_PATH] * 6, *[CAPTURE_PATH] * 3, f"/v1/draft-vocabs/{DIGEST}"]
     with httpx.Client(base_url=url, timeout=60) as client:
         for number in range(HTTP_INPUTS):
             path = generator.choice(paths)
-            method = "POST" if path == SUPERVISION_PATH else "PUT"
+            method = "POST" if path in (SUPERVISION_PATH, CAPTURE_PATH) else "PUT"
             content, kind = nearly_right(generator), {"content-type": FRAME_MEDIA_TYPE}
             answer = client.request(method, path, content=content, headers=kind)
             code = "ok" if answer.status_code == 200 else answer.json()["code"]
