@@ -147,6 +147,7 @@ def test_the_page_lists_every_family() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_page_says_what_is_measured_now() -> None:
     """Numbers apart: they are the machine's; the bound on them is asserted above."""
     page = table.PAGE.read_text(encoding="utf-8")
