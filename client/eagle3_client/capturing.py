@@ -16,11 +16,17 @@ from eagle3_client.config import ClientSettings
 from eagle3_client.connection import Connection
 from eagle3_client.device import beside_the_trainer, hand_over
 from eagle3_client.dispatch import Dispatcher
+from eagle3_client.exchanging import (
+    TrainerInputs,
+    as_mismatch,
+    cast_states,
+    copy_batch,
+    exchange,
+)
 from eagle3_client.fleet import Fleet
 from eagle3_client.prefetch import Batch, Prefetch
 from eagle3_client.results import RemoteBatchHandle
-from eagle3_client.submission import as_mismatch, cast_states, copy_batch, exchange
-from eagle3_schemas import DraftVocab, ModelInfo, shift_left_with_zero
+from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.aux_layers import validate_layer_ids
 from eagle3_schemas.capture import (
     DRAFT_VOCAB_OUTPUTS,
@@ -49,10 +55,7 @@ class CaptureSubmission:
     frame: EncodedFrame
     draft_vocab: DraftVocab | None
     sent: TokenBatch
-    input_ids: torch.Tensor  # shifted, on the trainer's device
-    attention_mask: torch.Tensor
-    loss_mask: torch.Tensor  # shifted
-    packing: dict[str, torch.Tensor | None]  # what describes packed rows, for the trainer
+    inputs: TrainerInputs
 
     @property
     def request_id(self) -> str:
@@ -101,10 +104,10 @@ class CaptureSubmission:
         return Capture(
             cast,
             self.request.aux_layer_ids,
-            self.input_ids,
-            self.attention_mask,
-            self.loss_mask,
-            **self.packing,
+            self.inputs.input_ids,
+            self.inputs.attention_mask,
+            self.inputs.loss_mask,
+            **self.inputs.packing,
         )
 
 
@@ -265,11 +268,5 @@ class CaptureCalls:
             frame=frame,
             draft_vocab=vocab,
             sent=sent,
-            input_ids=shift_left_with_zero(input_ids.detach()).to(settings.device),
-            attention_mask=attention_mask.detach().to(settings.device, copy=True),
-            loss_mask=shift_left_with_zero(loss_mask.detach()).to(settings.device),
-            packing={
-                name: None if tensor is None else tensor.detach().to(settings.device, copy=True)
-                for name, tensor in named.items()
-            },
+            inputs=TrainerInputs.of(settings, input_ids, attention_mask, loss_mask, named),
         )

@@ -18,6 +18,7 @@ from eagle3_client.connection import Connection
 from eagle3_client.daemons import close_at_exit
 from eagle3_client.device import AnyBatch
 from eagle3_client.disk_cache import FrameCache
+from eagle3_client.exchanging import as_mismatch
 from eagle3_client.fleet import Fleet
 from eagle3_client.health import HealthWatch
 from eagle3_client.pace import choose_depth
@@ -26,7 +27,6 @@ from eagle3_client.prefetch import Answer, Handle, Prefetch
 from eagle3_client.prefetch import Batch as Pulled
 from eagle3_client.results import RemoteBatchHandle
 from eagle3_client.retry import Cancellation, Retrier
-from eagle3_client.submission import as_mismatch
 from eagle3_client.workers import DaemonWorkers
 from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.errors import (
