@@ -40,3 +40,10 @@ def free_memory(device: str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+
+
+def allocated_bytes(device: str) -> int:
+    """Return what is allocated on a GPU; 0 on the CPU."""
+    if torch.device(device).type != "cuda":
+        return 0
+    return torch.cuda.memory_allocated(device)

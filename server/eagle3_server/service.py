@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TypeVar
 
-import torch
 from starlette.requests import Request
 
 from eagle3_schemas import ModelInfo
@@ -23,13 +22,13 @@ from eagle3_server.budget import Budget
 from eagle3_server.computations import PASSED, Computations, Identity
 from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
-from eagle3_server.device_errors import free_memory, is_fatal, is_out_of_memory
+from eagle3_server.device_errors import allocated_bytes, free_memory, is_fatal, is_out_of_memory
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
 from eagle3_server.model_info import model_info
 from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
 from eagle3_server.telemetry import Telemetry
-from eagle3_server.tensor_parallel import LeadingTarget
+from eagle3_server.tensor_parallel import Keeper, LeadingTarget
 from eagle3_server.vocab import DraftVocabRegistry
 from eagle3_server.warm_up import WarmUp, warm_up
 
@@ -70,7 +69,7 @@ class Service:
         self._on_failure: Callable[[BaseException], None] | None = None
         self._is_admitting = True
         self._computations = Computations()
-        self._stopped = threading.Event()
+        self._keeper: Keeper | None = None
         self.telemetry = Telemetry()
         self.instance = uuid.uuid4().hex
         self.tokens = Budget(settings.max_tokens_in_flight, "tokens", "max_tokens_in_flight")
@@ -102,7 +101,7 @@ class Service:
                 self._warmed = warm_up(target, self._settings.max_tokens_per_request)
                 self._target = target
                 if isinstance(target, LeadingTarget):
-                    self._keep_alive(target)
+                    self._keeper = Keeper(target, self._say)
                 if on_ready is not None:
                     on_ready()
             except BaseException as exc:
@@ -127,23 +126,16 @@ class Service:
         Waits neither for loading nor long for work whose client gave it up: see `is_working`.
         """
         self.drain()
-        if isinstance(self._target, LeadingTarget):
-            with suppress(NotReady, QueueFull):  # closed before
-                self._compute.submit(self._target.close)
-        self._stopped.set()
         ends = time.monotonic() + (0.0 if self._target is None else _CLOSE_S)
         for stage in (self._compute, self._copy):
             stage.close(max(ends - time.monotonic(), 0.0))
+        if self._keeper is not None and not self._compute.is_alive:
+            self._keeper.end()  # after what was queued; this thread alone uses the group now
 
-    def _keep_alive(self, target: LeadingTarget) -> None:
-        """Have a word said to the target's group every so often, on the compute thread."""
-
-        def say() -> None:
-            while not self._stopped.wait(target.keep_alive_s):
-                with suppress(NotReady, QueueFull):  # then others are at work
-                    self._compute.submit(lambda: self._attempt(target.keep_alive, "keep-alive"))
-
-        threading.Thread(target=say, name="keep-alive", daemon=True).start()
+    def _say(self, work: Callable[[], None]) -> None:
+        """Run a leader's word to its group on the compute thread, if that has a place for it."""
+        with suppress(NotReady, QueueFull):  # stopping, or at work: then others hear of it anyway
+            self._compute.submit(lambda: self._attempt(work, "keep-alive"))
 
     @property
     def is_working(self) -> bool:
@@ -286,10 +278,7 @@ class Service:
         return self._target is not None and self._is_admitting
 
     def _device_memory(self) -> int:
-        target = self._target
-        if target is None or not target.describe().device.startswith("cuda"):
-            return 0
-        return torch.cuda.memory_allocated(target.describe().device)
+        return 0 if self._target is None else allocated_bytes(self._target.describe().device)
 
     def status(self) -> ServerStatus:
         """Return what the server does now."""

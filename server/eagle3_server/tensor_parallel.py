@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, Final
 
@@ -81,6 +84,31 @@ class LeadingTarget:
         """
         self._group.tell({"method": method, "arguments": [_plain(each) for each in arguments]})
         return _run(self._inner, self._group, method, arguments)
+
+
+class Keeper:
+    """Keeps a leader's group alive while it idles, and ends it. `end` is safe to repeat.
+
+    Args:
+        target: whose group it is.
+        submit: runs a callable on the thread that owns the target, soon.
+    """
+
+    def __init__(self, target: LeadingTarget, submit: Callable[[Callable[[], None]], None]) -> None:
+        self._target, self._submit = target, submit
+        self._ended = threading.Event()
+        threading.Thread(target=self._keep, name="keep-alive", daemon=True).start()
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._target.keep_alive_s):
+            self._submit(self._target.keep_alive)
+
+    def end(self) -> None:
+        """Send the others home; when no thread uses the target any more."""
+        if not self._ended.is_set():
+            self._ended.set()
+            with suppress(GroupBroken):  # they have gone already
+                self._target.close()
 
 
 def follow(target: Target, group: Group) -> None:
