@@ -202,6 +202,28 @@ def _url_of(listener: socket.socket) -> str:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as `save_pretrained` leaves it; two ranks can share it, its vocab unevenly."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=7,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=131,
+        initializer_range=0.2,
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate for localhost, and its key."""
     if shutil.which("openssl") is None:

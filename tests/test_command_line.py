@@ -20,27 +20,6 @@ from eagle3_client import Unauthorized
 from eagle3_client.cli import app
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as `save_pretrained` leaves it."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=7,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=131,
-        initializer_range=0.2,
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
 def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     """A server process with two threads, as the tests have, and no hub."""
     ambient = {name: value for name, value in os.environ.items() if "EAGLE3_" not in name}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.families.checks import draft_vocab, make_job, run_full_path
 from tests.families.configs import FAMILIES, Family, L
 from tests.families.family import WINDOW
+from tests.families.full_path import draft_vocab, make_job, run_full_path
 from torch import nn
 
 from eagle3_schemas import project_to_draft_vocab, shift_left_with_zero

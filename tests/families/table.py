@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.families.checks import USED, B, Case, D, Difference, T, make_job
+from tests.families.checks import Case, Difference
 from tests.families.configs import FAMILIES, Family, H, L, V
+from tests.families.full_path import USED, B, D, T, make_job
 from tests.parallel.families_in_two import measure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "model-coverage.md"

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from tests.families import table
-from tests.families.checks import Case, make_job
+from tests.families.checks import Case
 from tests.families.configs import CORE, FALLS_BACK, FAMILIES, Family, L, V
+from tests.families.full_path import make_job
 from torch import nn
 
 from eagle3_schemas.errors import InvalidRequest

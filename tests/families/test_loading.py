@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.families.checks import B, T, make_job
 from tests.families.configs import FAMILIES, L
+from tests.families.full_path import B, T, make_job
 
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server import ServerSettings

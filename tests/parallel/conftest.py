@@ -13,33 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+
+from eagle3_client import RemoteEagle3Backend
 
 PATIENCE_S = 90.0
+V, D = 131, 53  # of the checkpoint, and of its draft vocab
 TIMEOUT_S = 15  # of the shared group: a rank may wait so long for the other
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose heads, widths and vocab two ranks can share, the vocab unevenly."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=7,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=131,
-        initializer_range=0.2,
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -142,3 +124,26 @@ def serve_group(checkpoint: Path) -> Iterator[Callable[..., GroupServer]]:
             return server
 
         yield start
+
+
+@pytest.fixture
+def backend(mapping: Any, frequency_ordered: Any) -> Any:
+    """`backend(url)`: a client with a draft vocab."""
+    made: list[RemoteEagle3Backend] = []
+
+    def build(url: str, **kwargs: Any) -> RemoteEagle3Backend:
+        client = RemoteEagle3Backend(url, **kwargs)
+        made.append(client)
+        client.set_vocab_mapping(*mapping(frequency_ordered(V, D), V))
+        return client
+
+    yield build
+    for client in made:
+        client.close()
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> Any:
+    import transformers
+
+    return transformers.LlamaForCausalLM.from_pretrained(checkpoint).eval()

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from tests.families.checks import Case, make_job
+from tests.families.checks import Case
 from tests.families.configs import FAMILIES
+from tests.families.full_path import make_job
 
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.supervision import unpack_bits

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.watching import columns_seen
+from tests.server.padding import ENCODINGS, PADDING, ROWS, V, columns_of
 from torch import Tensor, nn
 
 from eagle3_client import InvalidRequest
@@ -15,11 +15,6 @@ from eagle3_client.connection import Connection
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.tokens import TokenBatch
-
-V = 131
-ENCODINGS = ["probs", "logits", "hidden"]
-ROWS = ["position_mask", "loss_mask", "all"]
-PADDING = 6  # columns that no row uses
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -30,33 +25,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(params=["llama", "gemma2"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture
-def draft_ids(frequency_ordered: Any) -> Tensor:
-    ids: Tensor = frequency_ordered(V, 53)
-    return ids
-
-
-@pytest.fixture
-def padded(batch_of: Any) -> Any:
-    """A batch whose last columns are padding in every row."""
-    return widen(batch_of(V, (10, 7, 4)), PADDING)
-
-
-def widen(inputs: Any, columns: int, *, left: bool = False) -> Any:
-    """Add columns that no row uses."""
-    sides = (columns, 0) if left else (0, columns)
-    return replace(
-        inputs, **{name: nn.functional.pad(t, sides) for name, t in vars(inputs).items()}
-    )
-
-
-def columns_of(model: Any, backend: Any, inputs: Any) -> int:
-    with columns_seen(model.get_input_embeddings()) as seen:
-        backend.generate_batch(*inputs)
-    (columns,) = seen
-    return columns
 
 
 # --- every encoding ---

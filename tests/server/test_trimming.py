@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.watching import columns_seen
-from torch import Tensor, nn
-
-V = 131
-ENCODINGS = ["probs", "logits", "hidden"]
-ROWS = ["position_mask", "loss_mask", "all"]
-PADDING = 6  # columns that no row uses
+from tests.server.padding import ENCODINGS, PADDING, ROWS, V, columns_of, widen
+from torch import Tensor
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -24,33 +19,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(params=["llama", "gemma2"])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture
-def draft_ids(frequency_ordered: Any) -> Tensor:
-    ids: Tensor = frequency_ordered(V, 53)
-    return ids
-
-
-@pytest.fixture
-def padded(batch_of: Any) -> Any:
-    """A batch whose last columns are padding in every row."""
-    return widen(batch_of(V, (10, 7, 4)), PADDING)
-
-
-def widen(inputs: Any, columns: int, *, left: bool = False) -> Any:
-    """Add columns that no row uses."""
-    sides = (columns, 0) if left else (0, columns)
-    return replace(
-        inputs, **{name: nn.functional.pad(t, sides) for name, t in vars(inputs).items()}
-    )
-
-
-def columns_of(model: Any, backend: Any, inputs: Any) -> int:
-    with columns_seen(model.get_input_embeddings()) as seen:
-        backend.generate_batch(*inputs)
-    (columns,) = seen
-    return columns
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

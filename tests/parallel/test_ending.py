@@ -1,0 +1,157 @@
+"""How a group of two processes ends: as told, or when one of them is gone or late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.parallel.conftest import PATIENCE_S, GroupServer, V
+
+from eagle3_client import RemoteEagle3Backend, RemoteEagle3Error
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(600)
+def test_it_starts_and_stops_five_times_in_a_row(
+    serve_group: Any, backend: Any, batch_of: Any
+) -> None:
+    for _ in range(int(os.environ.get("EAGLE3TEST_GROUPS", "5"))):
+        server: GroupServer = serve_group()
+        backend(server.url).generate_batch(*batch_of(V))
+        server.process.terminate()
+        assert server.ended() == 0, server.said
+
+
+class Load(threading.Thread):
+    """Asks for batches until one fails or it is told to stop."""
+
+    def __init__(self, client: RemoteEagle3Backend, inputs: Any) -> None:
+        super().__init__()
+        self.client, self.inputs = client, inputs
+        self.served, self.errors = 0, []  # type: ignore[var-annotated]
+        self.is_over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.is_over.is_set():
+            try:
+                self.client.generate_batch(*self.inputs)
+                self.served += 1
+            except RemoteEagle3Error as exc:
+                self.errors.append(exc)
+                return
+
+    def wait_until_served(self, count: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while self.served < count:
+            assert time.monotonic() < deadline
+            assert self.is_alive(), self.errors
+            time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("rank", "loaded"), [(0, True), (1, True), (1, False)], ids=["leader", "follower", "idle"]
+)
+def test_a_rank_that_is_killed_ends_the_group(
+    serve_group: Any, backend: Any, batch_of: Any, rank: int, loaded: bool
+) -> None:
+    """With its number and a non-zero exit code, so that a supervisor starts all of it again."""
+    server: GroupServer = serve_group()
+    client = backend(server.url, retry_for_s=1.0)
+    client.generate_batch(*batch_of(V))
+    load = Load(client, batch_of(V)) if loaded else None
+    if load is not None:
+        load.wait_until_served(3)
+    server.kill_rank(rank)
+    started = time.monotonic()
+    assert server.ended() == 1, server.said
+    assert time.monotonic() - started < 30
+    if load is not None:
+        load.join(PATIENCE_S)
+        assert len(load.errors) == 1
+    if rank == 1:
+        assert "rank 1 (process" in server.said or "a process of the group is gone" in server.said
+        assert "has to start it again" in server.said
+
+
+def test_sigterm_under_load_loses_nothing_that_was_admitted(
+    serve_group: Any, backend: Any, batch_of: Any
+) -> None:
+    server: GroupServer = serve_group()
+    clients = [backend(server.url, retry_for_s=0.0) for _ in range(3)]
+    loads = [Load(client, batch_of(V)) for client in clients]
+    for load in loads:
+        load.wait_until_served(3)
+    server.process.terminate()
+    assert server.ended() == 0, server.said
+    for load in loads:
+        load.join(PATIENCE_S)
+        (error,) = load.errors
+        assert type(error).__name__ in ("NotReady", "TransportError"), error
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_with_it(serve_group: Any) -> None:
+    server: GroupServer = serve_group()
+    server.process.kill()
+    server.process.wait(PATIENCE_S)
+    server.wait_until_gone()
+
+
+def test_an_interrupt_is_a_clean_end(serve_group: Any) -> None:
+    server: GroupServer = serve_group()
+    server.process.send_signal(signal.SIGINT)
+    assert server.ended() == 0, server.said
+
+
+def test_a_sigterm_before_it_serves_is_a_clean_end(checkpoint: Path) -> None:
+    process = subprocess.Popen(
+        [*GroupServer.command(), str(checkpoint), "--tp", "2", "--port", "0", "--device", "cpu"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "are processes" in line:
+            break
+    process.terminate()
+    said += process.stderr.read()
+    assert process.wait(PATIENCE_S) == 0, said
+    process.stderr.close()
+
+
+def run_ranks(free_port: int, *arguments: object) -> str:
+    """What rank 0 of `ranks.py` printed."""
+    here = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    here["MASTER_PORT"] = str(free_port)
+    command = [sys.executable, "-m", "tests.parallel.ranks", *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**here, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
+    return said[0]
+
+
+def test_an_error_of_the_model_leaves_the_group_whole(free_port: int) -> None:
+    said = run_ranks(free_port, 0, 60).splitlines()
+    assert said[0] == "target_head: RuntimeError: of the model"
+    assert said[1:] == ["input_embeddings: done"] * 2
+
+
+def test_a_rank_that_stalls_beyond_the_timeout_breaks_the_group(free_port: int) -> None:
+    """Its collective fails on both, as a forward would, and so would every one after it."""
+    said = run_ranks(free_port, 9, 6).splitlines()
+    assert said[0] == "target_head: RuntimeError: of the model"
+    assert said[1].startswith("input_embeddings: GroupBroken: ")
+    assert len(said) == 2

@@ -1,0 +1,79 @@
+"""What a group refuses before it starts, and how its processes meet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.parallel.conftest import GroupServer
+
+pytestmark = pytest.mark.slow
+
+
+def test_what_cannot_be_loaded_ends_all_of_it_with_the_reason(tmp_path: Path) -> None:
+    server = GroupServer(tmp_path / "nothing", "--tp", 2, "--port", 0, "--device", "cpu")
+    try:
+        assert server.ended() != 0
+        assert "no such file or directory" in server.said
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "words"),
+    [
+        ({"RANK": "0"}, (), "expected RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (), "numbers"),
+        ({}, ("--device", "cuda"), "needs as many GPUs, or --device cpu; this host has 0"),
+        ({}, ("--device", "cuda:1"), "expected --device auto, cpu or cuda, got cuda:1"),
+        ({"EAGLE3_TP_TIMEOUT_S": "inf"}, (), "setting tp_timeout_s"),
+        ({"EAGLE3_TP": "0"}, (), "setting tp "),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words_before_anything_starts(
+    checkpoint: Path, variables: dict[str, str], arguments: tuple[str, ...], words: str
+) -> None:
+    server = GroupServer(checkpoint, *arguments, "--port", 0, **{"EAGLE3_TP": "2", **variables})
+    try:
+        assert server.ended() == 2
+        assert words in server.said
+        assert not server.ranks
+    finally:
+        server.close()
+
+
+def test_modules_of_the_current_directory_are_not_imported(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "uvloop.py").write_text("raise SystemExit('imported from the current directory')")
+    here = os.pathsep.join(
+        str(Path(each).resolve()) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    )
+    server = GroupServer(
+        checkpoint, "--tp", 2, "--port", 0, "--device", "cpu", cwd=tmp_path, PYTHONPATH=here
+    )
+    try:
+        assert server.url, server.said
+        server.process.terminate()
+        assert server.ended() == 0
+    finally:
+        server.close()
+
+
+def test_it_meets_on_loopback_alone(group_server: GroupServer) -> None:
+    """Whatever listens of rank 0 and its followers: torch's own store would on every interface."""
+    inodes = {
+        os.readlink(link)
+        for pid in group_server.ranks
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if link.is_symlink()
+    }
+    listening = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes:
+                listening.append(columns[1].partition(":")[0])
+    assert listening
+    assert set(listening) <= {"0100007F", "00000000000000000000000001000000"}
