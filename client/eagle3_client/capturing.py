@@ -243,7 +243,10 @@ class CaptureCalls:
             chosen = aux_layer_ids if aux_layer_ids is not None else default
             layers = validate_layer_ids(chosen or (), info.num_hidden_layers)
         elif aux_layer_ids is not None:
-            raise InvalidRequest("aux_layer_ids go with the output 'aux'; ask for it, or drop them")
+            raise InvalidRequest(
+                f"aux_layer_ids go with the output 'aux'; got {aux_layer_ids!r:.100} with "
+                f"{list(names)}. Ask for it, or drop them"
+            )
         vocab = None
         if not DRAFT_VOCAB_OUTPUTS.isdisjoint(names):
             vocab = self._draft_vocab

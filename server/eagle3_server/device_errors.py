@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from eagle3_server.engine import Target
 from eagle3_server.group import GroupBroken
 
 # DefaultCPUAllocator raises a plain RuntimeError; so do CUDA's libraries and its driver.
@@ -42,8 +43,7 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def allocated_bytes(device: str) -> int:
-    """Return what is allocated on a GPU; 0 on the CPU."""
-    if torch.device(device).type != "cuda":
-        return 0
-    return torch.cuda.memory_allocated(device)
+def allocated_bytes(target: Target) -> int:
+    """Return what is allocated on a target's GPU; 0 on the CPU."""
+    device = torch.device(target.describe().device)
+    return 0 if device.type != "cuda" else torch.cuda.memory_allocated(device)

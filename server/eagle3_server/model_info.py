@@ -46,3 +46,14 @@ def model_info(target: TargetDescription, limits: Limits, deterministic: bool | 
         outputs_reason=target.outputs_reason,
         limits=limits,
     )
+
+
+def limits_of(
+    target: TargetDescription, max_tokens_per_request: int, max_body_bytes: int
+) -> Limits:
+    """Join what one request may hold by the settings with what the target can take."""
+    return Limits(
+        max_tokens_per_request=max_tokens_per_request,
+        max_sequence_length=target.max_sequence_length,
+        max_body_bytes=max_body_bytes,
+    )

@@ -24,7 +24,7 @@ from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
 from eagle3_server.device_errors import allocated_bytes, free_memory, is_fatal, is_out_of_memory
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
-from eagle3_server.model_info import model_info
+from eagle3_server.model_info import limits_of, model_info
 from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
 from eagle3_server.telemetry import Telemetry
@@ -81,7 +81,11 @@ class Service:
             ("eagle3_tokens_in_flight", "Tokens held", lambda: self.tokens.in_flight),
             ("eagle3_bytes_in_flight", "Host memory held", lambda: self.bytes.in_flight),
             ("eagle3_draft_vocabs", "Registered draft vocabs", lambda: len(self.draft_vocabs)),
-            ("eagle3_device_memory_bytes", "Allocated there; 0 on the CPU", self._device_memory),
+            (
+                "eagle3_device_memory_bytes",
+                "Allocated there; 0 on the CPU",
+                lambda: 0 if self._target is None else allocated_bytes(self._target),
+            ),
         ):
             self.telemetry.gauge(name, text, value)
 
@@ -277,9 +281,6 @@ class Service:
         """Whether requests are admitted."""
         return self._target is not None and self._is_admitting
 
-    def _device_memory(self) -> int:
-        return 0 if self._target is None else allocated_bytes(self._target.describe().device)
-
     def status(self) -> ServerStatus:
         """Return what the server does now."""
         return self.telemetry.status(
@@ -296,11 +297,8 @@ class Service:
 
     def limits(self) -> Limits:
         """Return what one request may hold."""
-        return Limits(
-            max_tokens_per_request=self._warmed.max_tokens_per_request,
-            max_sequence_length=self.loaded().describe().max_sequence_length,
-            max_body_bytes=self._settings.max_body_bytes,
-        )
+        most = self._warmed.max_tokens_per_request
+        return limits_of(self.loaded().describe(), most, self._settings.max_body_bytes)
 
     def model_info(self) -> ModelInfo:
         """Return what is served."""

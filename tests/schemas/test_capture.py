@@ -6,30 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.schemas.sent import CPU, DIGEST, POSITION_MASK, SENT, SHIFTED_LOSS_MASK, D, H
 
 from eagle3_schemas.capture import OUTPUTS, Capture, pack_capture, unpack_capture
 from eagle3_schemas.errors import InvalidRequest, MalformedPayload
 from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.supervision import pack_bits
 from eagle3_schemas.target_head import TargetHead, unpack_target_head
-from eagle3_schemas.tokens import TokenBatch
 
-DIGEST = "ab" * 32
-H, D, N = 4, 3, 2  # N layers
-CPU = torch.device("cpu")
-
-
-def bits(rows: list[list[int]]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.bool)
-
-
-SENT = TokenBatch(
-    input_ids=torch.arange(10).reshape(2, 5),
-    attention_mask=bits([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-    loss_mask=bits([[1, 0, 1, 1, 1], [1, 1, 1, 0, 0]]),
-)
-SHIFTED = bits([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
-POSITION_MASK = bits([[0, 1, 0, 1, 0], [0, 1, 0, 0, 0]])
+N = 2  # layers
 WHOLE: dict[str, torch.Tensor] = {
     "aux": torch.arange(1, 1 + 10 * N * H).reshape(2, 5, N * H).bfloat16(),
     "last_hidden_prenorm": torch.arange(1, 41).reshape(2, 5, H).bfloat16(),
@@ -41,6 +26,10 @@ WHOLE: dict[str, torch.Tensor] = {
     "draft_logsumexp": torch.arange(1, 11).reshape(2, 5) / 9,
 }
 ALL = tuple(OUTPUTS)
+
+
+def mask_of(name: str) -> torch.Tensor:
+    return SENT.attention_mask if "hidden" in name or name == "aux" else SHIFTED_LOSS_MASK
 
 
 def answer(
@@ -59,12 +48,14 @@ def answer(
         **changes,
     }
     sent: dict[str, torch.Tensor | None] = {
-        name: tensor[SENT.attention_mask if "hidden" in name or name == "aux" else SHIFTED]
+        name: tensor[
+            SENT.attention_mask if "hidden" in name or name == "aux" else SHIFTED_LOSS_MASK
+        ]
         for name, tensor in WHOLE.items()
         if name in outputs
     }
     if "argmax" in outputs:
-        sent["argmax"] = WHOLE["argmax"][SHIFTED].int()
+        sent["argmax"] = WHOLE["argmax"][SHIFTED_LOSS_MASK].int()
     if "position_mask" in outputs:
         sent["position_mask"] = pack_bits(POSITION_MASK)
     sent |= tensors or {}
@@ -84,7 +75,7 @@ def test_every_output_is_spread_and_zero_elsewhere() -> None:
     got = answer()
     assert list(got) == list(ALL)
     for name, whole in WHOLE.items():
-        mask = SENT.attention_mask if "hidden" in name or name == "aux" else SHIFTED
+        mask = mask_of(name)
         mask = mask.view(*mask.shape, *(1,) * (whole.ndim - 2))
         torch.testing.assert_close(
             got[name], torch.where(mask, whole, whole.new_zeros(())), rtol=0, atol=0

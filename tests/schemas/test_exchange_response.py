@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from tests.schemas.sent import CPU, DIGEST, POSITION_MASK, SENT, SHIFTED_LOSS_MASK, D, H, bits
 
 from eagle3_schemas.aux_states import encode_aux
 from eagle3_schemas.draft_head import DraftHead, LogitsTransform
@@ -15,26 +16,9 @@ from eagle3_schemas.errors import MalformedPayload
 from eagle3_schemas.exchange import Supervision, pack_request, rows_on_wire, unpack_response
 from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.supervision import pack_bits
-from eagle3_schemas.tokens import TokenBatch
 
 PROPERTY = settings()  # the profile of tests/conftest.py
-DIGEST = "ab" * 32
 FIELDS: dict[str, Any] = {"request_id": "req-1", "draft_vocab_digest": DIGEST}
-H, D = 4, 3
-CPU = torch.device("cpu")
-
-
-def bits(rows: list[list[int]]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.bool)
-
-
-SENT = TokenBatch(
-    input_ids=torch.arange(10).reshape(2, 5),
-    attention_mask=bits([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-    loss_mask=bits([[1, 0, 1, 1, 1], [1, 1, 1, 0, 0]]),
-)
-SHIFTED_LOSS_MASK = bits([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
-POSITION_MASK = bits([[0, 1, 0, 1, 0], [0, 1, 0, 0, 0]])
 ROWS = {
     "position_mask": POSITION_MASK,
     "loss_mask": SHIFTED_LOSS_MASK,
