@@ -1,6 +1,6 @@
 """A rank of a group whose target does what its arguments say; prints how rank 0's calls ended.
 
-Arguments: seconds that rank 1 stalls in the first computation; the group's timeout.
+Arguments: seconds that rank 1 stalls in a computation; the group's timeout; the methods to call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from eagle3_schemas import DraftVocab
+from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.group import Group, GroupBroken
 from eagle3_server.tensor_parallel import LeadingTarget, follow
 
@@ -35,9 +37,20 @@ class Stalling:
     def target_head(self) -> str:
         raise RuntimeError("of the model")
 
+    def draft_head(self, _vocab: object) -> str:
+        if self.group.rank == 1:
+            raise InvalidRequest("on one rank alone")
+        return "done"
 
-def main(stall_s: float, timeout_s: float) -> None:
+
+def main(stall_s: float, timeout_s: float, methods: list[str]) -> None:
     group = Group.join(torch.device("cpu"), timeout_s)
+    for text in ("the same", f"rank {group.rank}"):
+        try:
+            group.check_same(text, "texts")
+            print(f"{text}: same", flush=True)
+        except GroupBroken as exc:
+            print(exc, flush=True)
     target = Stalling(group, stall_s)
     if group.rank == 1:
         try:
@@ -46,9 +59,10 @@ def main(stall_s: float, timeout_s: float) -> None:
             print(f"follower: {exc}", flush=True)
         os._exit(0)
     leader = LeadingTarget(target, group)  # type: ignore[arg-type]
-    for method in ("target_head", "input_embeddings", "input_embeddings"):
+    for method in methods:
+        arguments = [DraftVocab.from_ids(torch.arange(3))] if method == "draft_head" else []
         try:
-            print(f"{method}: {getattr(leader, method)()}", flush=True)
+            print(f"{method}: {getattr(leader, method)(*arguments)}", flush=True)
         except Exception as exc:
             print(f"{method}: {type(exc).__name__}: {exc!s:.80}", flush=True)
             if isinstance(exc, GroupBroken):
@@ -57,4 +71,4 @@ def main(stall_s: float, timeout_s: float) -> None:
     os._exit(0)
 
 
-main(*map(float, sys.argv[1:]))
+main(float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

@@ -28,6 +28,9 @@ def test_it_starts_and_stops_five_times_in_a_row(
         backend(server.url).generate_batch(*batch_of(V))
         server.process.terminate()
         assert server.ended() == 0, server.said
+        # The others were sent home: none took the leader for dead, or had to be killed.
+        assert "CRITICAL" not in server.said
+        assert "WARNING" not in server.said
 
 
 class Load(threading.Thread):
@@ -143,15 +146,31 @@ def run_ranks(free_port: int, *arguments: object) -> str:
     return said[0]
 
 
+COMPARED = [
+    "the same: same",
+    "ranks [1] have other texts than rank 0, which has rank 0",
+]
+
+
 def test_an_error_of_the_model_leaves_the_group_whole(free_port: int) -> None:
-    said = run_ranks(free_port, 0, 60).splitlines()
-    assert said[0] == "target_head: RuntimeError: of the model"
-    assert said[1:] == ["input_embeddings: done"] * 2
+    calls = ["target_head", "input_embeddings", "input_embeddings"]
+    said = run_ranks(free_port, 0, 60, *calls).splitlines()
+    assert said == [*COMPARED, "target_head: RuntimeError: of the model",
+                    *["input_embeddings: done"] * 2]  # fmt: skip
+
+
+def test_a_rank_that_ends_a_computation_otherwise_breaks_the_group(free_port: int) -> None:
+    """At once, whichever of them it was: the next collectives would not meet."""
+    said = run_ranks(free_port, 0, 20, "draft_head", "input_embeddings").splitlines()
+    assert said[:2] == COMPARED
+    (last,) = said[2:]
+    assert last.startswith("draft_head: GroupBroken: a computation ended with success on rank 0")
+    assert "in another way on ranks [1]" in last
 
 
 def test_a_rank_that_stalls_beyond_the_timeout_breaks_the_group(free_port: int) -> None:
     """Its collective fails on both, as a forward would, and so would every one after it."""
-    said = run_ranks(free_port, 9, 6).splitlines()
-    assert said[0] == "target_head: RuntimeError: of the model"
-    assert said[1].startswith("input_embeddings: GroupBroken: ")
-    assert len(said) == 2
+    said = run_ranks(free_port, 9, 6, "input_embeddings", "input_embeddings").splitlines()
+    assert said[:2] == COMPARED
+    assert said[2].startswith("input_embeddings: GroupBroken: ")
+    assert len(said) == 3
