@@ -68,6 +68,9 @@ def serve(
     tp: Annotated[
         int | None, typer.Option(help="Processes, one a device, to shard the weights over [1].")
     ] = None,
+    cp: Annotated[
+        int | None, typer.Option(help="Processes, one a device, to split each sequence over [1].")
+    ] = None,
     attn_implementation: Annotated[
         str | None, typer.Option(help="sdpa, eager, flash_attention_2 … [the model's default].")
     ] = None,

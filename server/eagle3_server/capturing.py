@@ -13,7 +13,14 @@ from eagle3_schemas.supervision import pack_bits, shift_left_with_zero
 from eagle3_server.engine import CaptureJob
 from eagle3_server.layout import decoder_layers
 from eagle3_server.running import JobRunner, aux_names, check_finite
-from eagle3_server.supervise import HeadRows, Top, check_rows_finite, draft_columns, top_of
+from eagle3_server.supervise import (
+    HeadRows,
+    Top,
+    check_rows_finite,
+    draft_columns,
+    share_of,
+    top_of,
+)
 
 _BLOCK_ROWS = 64  # ordered at once: bounds the copies of their draft-vocab logits
 
@@ -66,7 +73,9 @@ def capture(
         source = runner.head_rows(head, result)
         del result  # frees the layers' outputs before the head runs
         loss_mask = job.loss_mask[:, :columns].to(runner.device)
-        tensors |= capture_rows(source, loss_mask, selected, of_head)
+        tensors |= runner.rows(
+            lambda share: capture_rows(source, loss_mask, selected, of_head, share)
+        )
     if "position_mask" in job.outputs:
         whole = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=runner.device)
         whole[:, :columns] = shift_left_with_zero(tensors["position_mask"])
@@ -79,6 +88,7 @@ def capture_rows(
     loss_mask: torch.Tensor,
     selected: tuple[torch.Tensor, torch.Tensor] | None,
     outputs: Collection[str],
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, torch.Tensor]:
     """Run the head over the supervised rows; memory grows with rows x D, never with T x V.
 
@@ -87,6 +97,7 @@ def capture_rows(
         loss_mask: [B, T] bool, unshifted.
         selected: the draft vocab's ids [D] int64 and mask [V] bool; None if no output needs it.
         outputs: names of `HEAD_OUTPUTS`.
+        share: as in `supervise_rows`.
 
     Returns:
         The outputs: `position_mask` as [B, T] bool, unshifted, the others as `CaptureResponse`
@@ -97,7 +108,7 @@ def capture_rows(
     """
     supervised = loss_mask.clone()
     supervised[:, 0] = False  # no position precedes it
-    positions = supervised.flatten().nonzero().squeeze(1)
+    positions = share_of(supervised, share)
     count = positions.numel()
     empty = positions.new_empty(0, dtype=torch.int64) if selected is None else selected[0]
     ordered, order = empty.sort()

@@ -52,7 +52,10 @@ class ServerSettings(BaseSettings):
     tp: Annotated[int, Field(ge=1)] = 1
     """Processes, one a device, that the weights are sharded over. Who serves a target larger than a
     device."""
-    tp_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    cp: Annotated[int, Field(ge=1)] = 1
+    """Processes, one a device with the whole model, that each sequence is split over. Who serves
+    sequences whose activations do not fit a device, or wants one long sequence sooner."""
+    group_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds a process of the group waits for the others before it gives up. Who has a network
     that stalls longer, or wants to know sooner."""
     attn_implementation: str | None = None
@@ -111,6 +114,16 @@ class ServerSettings(BaseSettings):
         if isinstance(value, str):
             return tuple(int(part) for part in value.split(","))
         return value
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run the target together."""
+        return self.tp * self.cp
+
+    @property
+    def ranks_flag(self) -> str:
+        """The option that says so, with its value."""
+        return f"--tp {self.tp}" if self.tp > 1 else f"--cp {self.cp}"
 
     def tokens(self) -> tuple[str, ...]:
         """Return the accepted bearer tokens; none means that no token is asked for.

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from eagle3_schemas.errors import InvalidRequest
+from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.head import cut_head
 from eagle3_server.layout import decoder_layers, reset_rotary
 
@@ -60,6 +62,15 @@ class ForwardResult:
         """The aux layers' outputs concatenated: a new [B, T, 3H]."""
         return torch.cat(self.aux_states, dim=-1)
 
+    def gathered(self, context: ContextParallel, length: int) -> ForwardResult:
+        """Return all ranks' columns, `length` of them, where this has those of one rank."""
+        head_input = self.head_input
+        return ForwardResult(
+            tuple(context.gather(states, 1, length) for states in self.aux_states),
+            self.logits if head_input is not None else context.gather(self.logits, 1, length),
+            None if head_input is None else context.gather(head_input, 1, length),
+        )
+
     def attended_aux(self, attention_mask: torch.Tensor, count: int | None = None) -> torch.Tensor:
         """Return `aux_hidden_states` where `attention_mask` [B, T] bool is true: [n, 3H].
 
@@ -80,6 +91,7 @@ def forward_logits(
     attention_mask: Any,
     *,
     position_ids: torch.Tensor | None = None,
+    past: Cache | None = None,
 ) -> torch.Tensor:
     """Run the model once under `no_grad`, without a cache, and return its logits.
 
@@ -91,13 +103,15 @@ def forward_logits(
         attention_mask: [B, T], non-zero where attended, any dtype; or, with `position_ids`, what
             the model itself takes for one.
         position_ids: [B, T], of packed rows only: else the model counts them.
+        past: of the columns before `input_ids`, which `attention_mask` then has too.
     """
     reset_rotary(model)
+    taken: dict[str, Any] = {} if past is None else {"past_key_values": past}
     if position_ids is None:
         # One dtype for all callers: an equal mask must give equal bits.
-        taken = {"attention_mask": attention_mask.ne(0).long()}
+        taken |= {"attention_mask": attention_mask.ne(0).long()}
     else:
-        taken = {"attention_mask": attention_mask, "position_ids": position_ids}
+        taken |= {"attention_mask": attention_mask, "position_ids": position_ids}
     with torch.no_grad():
         output = model(input_ids=input_ids, **taken, **_flags(model))
     logits: torch.Tensor = output.logits if hasattr(output, "logits") else output
@@ -112,6 +126,7 @@ def forward_with_aux(
     head_to_cut: nn.Module | None = None,
     *,
     position_ids: torch.Tensor | None = None,
+    context: ContextParallel | None = None,
 ) -> ForwardResult:
     """Run the target once, as `forward_logits`, and catch its aux layers.
 
@@ -121,17 +136,26 @@ def forward_with_aux(
         attention_mask: as in `forward_logits`.
         aux_layer_ids: validated layer ids.
         head_to_cut: the output embeddings, to compute one row of logits only.
-        position_ids: as in `forward_logits`.
+        position_ids: as in `forward_logits`; never with a `context`.
+        context: ranks to split the sequence over; all call this with the same arguments, and all
+            get the whole result.
 
     Raises:
         RuntimeError: the forward did not pass through every aux layer.
         InvalidRequest: a layer's output is not [B, T, H].
     """
+    length, past = input_ids.shape[1], None
+    if context is not None and context.splits(length):
+        start, stop = context.span(length)
+        input_ids, attention_mask = input_ids[:, start:stop], attention_mask[:, :stop]
+        past = context.cache(len(decoder_layers(model)), length)
     head_inputs: list[torch.Tensor] = []
     with capture_layers(model, aux_layer_ids) as captured, ExitStack() as stack:
         if head_to_cut is not None:
             head_inputs = stack.enter_context(cut_head(head_to_cut))
-        logits = forward_logits(model, input_ids, attention_mask, position_ids=position_ids)
+        logits = forward_logits(
+            model, input_ids, attention_mask, position_ids=position_ids, past=past
+        )
     missing = [i for i in aux_layer_ids if i not in captured]
     if missing:
         raise RuntimeError(f"the forward did not pass through decoder layers {missing}")
@@ -144,7 +168,8 @@ def forward_with_aux(
                 "undefined, so this model cannot be a target"
             )
     aux_states = tuple(captured[i] for i in aux_layer_ids)
-    return ForwardResult(aux_states, logits, head_inputs[0] if head_inputs else None)
+    result = ForwardResult(aux_states, logits, head_inputs[0] if head_inputs else None)
+    return result if context is None or past is None else result.gathered(context, length)
 
 
 def _flags(model: nn.Module) -> dict[str, bool]:

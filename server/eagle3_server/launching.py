@@ -1,4 +1,4 @@
-"""`launch`: starts a tensor-parallel group on this host, passes signals on, and ends it whole."""
+"""`launch`: starts the processes that share a target, passes signals on, and ends them together."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ logger = logging.getLogger("eagle3_server")
 
 
 def launch(settings: ServerSettings) -> int:
-    """Run `serve` in `settings.tp` processes, rank 0 the one that serves; return the exit code.
+    """Run `serve` in `settings.ranks` processes, rank 0 the one that serves; return the exit code.
 
     Rank 0 gets our SIGTERM and SIGINT as SIGTERM, and sends the others home when it has drained. If
     any ends before that, all are ended, and the code is 1.
     """
     if settings.device not in ("auto", "cpu", "cuda"):
         raise InvalidRequest(
-            "--tp takes the devices of this host in order: expected --device auto, cpu or cuda, "
-            f"got {settings.device}. Choose among GPUs with CUDA_VISIBLE_DEVICES"
+            f"{settings.ranks_flag} takes this host's devices in order: expected --device auto, "
+            f"cpu or cuda, got {settings.device}. Choose among GPUs with CUDA_VISIBLE_DEVICES"
         )
     devices = torch.cuda.device_count()
     wants_gpus = settings.device == "cuda" or (settings.device == "auto" and devices > 0)
-    if wants_gpus and devices < settings.tp:
+    if wants_gpus and devices < settings.ranks:
         raise InvalidRequest(
-            f"--tp {settings.tp} needs as many GPUs, or --device cpu; this host has {devices}"
+            f"{settings.ranks_flag} needs as many GPUs, or --device cpu; this host has {devices}"
         )
     group = _Members(settings)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -86,7 +86,7 @@ class _Members:
     """The ranks' processes."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._size, self._text = settings.tp, settings_to_json(settings)
+        self._size, self._text = settings.ranks, settings_to_json(settings)
         self._members: list[subprocess.Popen[bytes]] = []
         self._signals = 0
 
@@ -100,7 +100,7 @@ class _Members:
             for rank in range(self._size):
                 self._members.append(self._start(rank, meeting))
         logger.info(
-            "tensor parallel: ranks 0 to %d are processes %s",
+            "ranks 0 to %d are processes %s",
             self._size - 1, ", ".join(str(each.pid) for each in self._members),
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from eagle3_schemas import tokenizer_digest
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
+from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.group import Group, GroupBroken
 from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
@@ -27,7 +28,8 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
 
     Args:
         settings: what to load.
-        group: processes to shard it over, which all call this; None keeps it whole.
+        group: processes to shard it over, or with `settings.cp` its sequences, which all call
+            this; None runs it here alone.
 
     Raises:
         InvalidRequest: no model was named, it cannot be loaded, or the checkpoint lacks weights;
@@ -58,10 +60,11 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             raise InvalidRequest(f"no such file: {path}")
         source, extra["gguf_file"] = str(path.parent), path.name
         auto_class = transformers.AutoModelForCausalLM
-    if group is not None:
+    shards = None if settings.cp > 1 else group
+    if shards is not None:
         if "gguf_file" in extra:
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
-        extra["distributed_config"] = DistributedConfig(tp_size=group.size, tp_plan="auto")
+        extra["distributed_config"] = DistributedConfig(tp_size=shards.size, tp_plan="auto")
     if settings.attn_implementation is not None:
         extra["attn_implementation"] = settings.attn_implementation
     try:
@@ -85,8 +88,8 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             f"cannot load {settings.model!r}: the checkpoint lacks {len(missing)} of the weights "
             f"of {type(model).__name__}, such as {', '.join(missing[:3])}"
         )
-    if group is not None:
-        _report_shards(model, group)
+    if shards is not None:
+        _report_shards(model, shards)
     described: dict[str, Any] = {
         # A directory's name, not its path: paths of the server's disk are nobody's business.
         "model_id": settings.model_name
@@ -95,12 +98,15 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         "tokenizer_digest": _tokenizer_digest(source, **where, **extra),
         "aux_layer_ids": settings.aux_layer_ids,
         "head_chunk_bytes": settings.head_chunk_bytes,
+        "context": None
+        if group is None or shards is not None
+        else ContextParallel(None, group.rank, group.size, device),
     }
     try:
         return TransformersTarget(model.to(device), **described)
     except (RuntimeError, TypeError) as exc:
         # Of a sharded forward: torch has not the operation for DTensors, or the shapes do not meet.
-        if group is None or isinstance(exc, GroupBroken):
+        if shards is None or isinstance(exc, GroupBroken):
             raise
         raise InvalidRequest(
             f"{type(model).__name__} does not run under transformers' plan for it ({exc!s:.300}). "

@@ -1,4 +1,4 @@
-"""One process of a tensor-parallel group that `launch` started: settings come through stdin."""
+"""One process of a group that `launch` started: settings come through stdin."""
 
 from __future__ import annotations
 

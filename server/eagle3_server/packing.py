@@ -17,6 +17,7 @@ from torch import nn
 
 from eagle3_schemas.errors import PackingUnsupported
 from eagle3_schemas.packing import Document, documents_of, restarting_positions
+from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.forward import ForwardResult, forward_with_aux
 from eagle3_server.layout import decoder_layers, positions_depend_on_length, text_config
 
@@ -60,6 +61,7 @@ def forward_packed(
     seq_lens: torch.Tensor,
     aux_layer_ids: Sequence[int],
     head_to_cut: nn.Module | None = None,
+    context: ContextParallel | None = None,
 ) -> ForwardResult:
     """Run packed rows in either way; see `forward_masked` and `forward_documents`."""
     if packing.route == "masked":
@@ -71,6 +73,7 @@ def forward_packed(
         aux_layer_ids,
         head_to_cut,
         surplus=packing.surplus,
+        context=context,
     )
 
 
@@ -205,6 +208,7 @@ def forward_documents(
     head_to_cut: nn.Module | None = None,
     *,
     surplus: float,
+    context: ContextParallel | None = None,
 ) -> ForwardResult:
     """Run each packed document as a row of its own; the result is laid out as the packed rows.
 
@@ -218,6 +222,7 @@ def forward_documents(
         aux_layer_ids: as in `forward_with_aux`.
         head_to_cut: as in `forward_with_aux`; `logits` are then one row of no meaning.
         surplus: tokens computed for a token asked for, at most; 1.0 pads nothing.
+        context: as in `forward_with_aux`.
     """
     ids, total = input_ids.flatten(), input_ids.numel()
     states: list[torch.Tensor] = []
@@ -225,7 +230,9 @@ def forward_documents(
     head_input: torch.Tensor | None = None
     for group in grouped(documents_of(seq_lens), surplus):
         places, is_real = _places(group, input_ids.shape[1], input_ids.device)
-        result = forward_with_aux(model, ids[places], is_real, aux_layer_ids, head_to_cut)
+        result = forward_with_aux(
+            model, ids[places], is_real, aux_layer_ids, head_to_cut, context=context
+        )
         source, target = is_real.flatten(), places[is_real]
         if logits is None:  # not `states`, which stay empty where no layer is wanted
             states = [_spread(s, total) for s in result.aux_states]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform
 from eagle3_schemas.errors import TargetFailed
+from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.engine import Job
 from eagle3_server.forward import ForwardResult, forward_with_aux
 from eagle3_server.head import RowsHead
@@ -28,6 +29,7 @@ class JobRunner:
         packing: how packed rows run when they must as a co-located trainer's.
         can_trim: whether trailing padding may be cut off.
         full_chunk_rows: rows of full logits to take at once.
+        context: ranks that split each sequence, and the head's rows; or None.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class JobRunner:
     packing: Packing
     can_trim: bool
     full_chunk_rows: int
+    context: ContextParallel | None = None
 
     def used_columns(self, job: Job) -> int:
         """Return how many columns have to be computed: T, or less without trailing padding.
@@ -55,9 +58,19 @@ class JobRunner:
         to_cut = None if head is None else head.module
         if job.seq_lens is None:
             mask = job.attention_mask[:, :columns].to(self.device)
-            return forward_with_aux(self.model, input_ids, mask, layer_ids, to_cut)
+            return forward_with_aux(
+                self.model, input_ids, mask, layer_ids, to_cut, context=self.context
+            )
         packing = self.packing if job.exact else self.packing.by_document()
-        return forward_packed(self.model, packing, input_ids, job.seq_lens, layer_ids, to_cut)
+        return forward_packed(
+            self.model, packing, input_ids, job.seq_lens, layer_ids, to_cut, self.context
+        )
+
+    def rows(
+        self, compute: Callable[[tuple[int, int]], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """Compute rows of the head, each rank its share; see `ContextParallel.share_rows`."""
+        return compute((0, 1)) if self.context is None else self.context.share_rows(compute)
 
     def needs_full_head(self, job: Job) -> bool:
         """Whether only the model's own full logits are exact.

@@ -59,7 +59,7 @@ def serve(settings: ServerSettings) -> int:
         keep_freed_memory()
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if settings.tp > 1:
+    if settings.ranks > 1:
         rank = rank_here()
         if rank is None:
             return launch(settings)
@@ -126,7 +126,7 @@ def serve(settings: ServerSettings) -> int:
             logging.shutdown()
             os._exit(0 if server.was_terminated and not failures else 1)
     code = 1 if failures or not server.started else 0
-    if settings.tp > 1:
+    if settings.ranks > 1:
         _end(code)
     return code
 
@@ -142,7 +142,7 @@ def _end(code: int) -> NoReturn:
 
 
 def _load(settings: ServerSettings) -> Target:
-    if settings.tp == 1:
+    if settings.ranks == 1:
         return load_target(settings)
     group = _join(settings)
     return LeadingTarget(_shards(settings, group), group)
@@ -158,11 +158,11 @@ def _shards(settings: ServerSettings, group: Group) -> TransformersTarget:
 
 def _join(settings: ServerSettings) -> Group:
     is_cpu = settings.device == "cpu" or not torch.cuda.is_available()
-    group = Group.join(torch.device("cpu" if is_cpu else "cuda"), settings.tp_timeout_s)
-    if group.size != settings.tp:
+    group = Group.join(torch.device("cpu" if is_cpu else "cuda"), settings.group_timeout_s)
+    if group.size != settings.ranks:
         raise InvalidRequest(
-            f"--tp {settings.tp} needs as many processes; WORLD_SIZE is {group.size}. Start "
-            f"{settings.tp} with torchrun, or set --tp {group.size}"
+            f"{settings.ranks_flag} needs as many processes; WORLD_SIZE is {group.size}. Start "
+            f"{settings.ranks} with torchrun, or set {settings.ranks_flag.split()[0]} {group.size}"
         )
     return group
 
@@ -239,6 +239,11 @@ def _check(settings: ServerSettings) -> None:
         raise InvalidRequest(
             "no model was named; give a hub id, a directory, or a .gguf file, as an argument or in "
             "EAGLE3_MODEL"
+        )
+    if settings.tp > 1 and settings.cp > 1:
+        raise InvalidRequest(
+            f"--tp {settings.tp} and --cp {settings.cp} cannot be had together: choose --tp where "
+            "the weights do not fit a device, --cp where the sequences do not"
         )
     unknown = unknown_variables(os.environ)
     if unknown:

@@ -50,6 +50,7 @@ def supervise_rows(
     rows: Rows,
     *,
     needs_draft_logits: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> SupervisionRows:
     """Run the head over the rows asked for; memory grows with rows x D, never with T x V.
 
@@ -61,6 +62,7 @@ def supervise_rows(
         encoding: what the rows are encoded as.
         rows: which rows are sent.
         needs_draft_logits: false for an encoding that sends the head's input alone.
+        share: (i, n) computes the i-th of n parts of the rows; the others stay out of both results.
 
     Raises:
         TargetFailed: draft-vocab logits or head inputs that are not finite, with their position.
@@ -71,7 +73,7 @@ def supervise_rows(
     if rows == "all":
         computed = torch.ones_like(loss_mask)
         computed[:, 0] = False
-    positions = computed.flatten().nonzero().squeeze(1)
+    positions = share_of(computed, share)
     in_vocab = torch.zeros_like(loss_mask).flatten()
     ordered, order = selected_token_ids.sort()
     place = order.argsort()
@@ -117,6 +119,12 @@ def supervise_rows(
             count += part.shape[0]
     assert sent is not None
     return SupervisionRows(in_vocab.view_as(loss_mask) & supervised, sent[:count])
+
+
+def share_of(rows: torch.Tensor, share: tuple[int, int]) -> torch.Tensor:
+    """Return the flat positions [N] where `rows` [B, T] bool is true, or the i-th of n parts."""
+    part, parts = share
+    return rows.flatten().nonzero().squeeze(1).tensor_split(parts)[part]
 
 
 @dataclass(frozen=True)

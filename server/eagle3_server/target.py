@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from eagle3_schemas import (
     Eagle3TargetBackend,
@@ -17,9 +18,11 @@ from eagle3_schemas import (
 )
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.packing import check_packing
+from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.layout import decoder_layers
 from eagle3_server.packing import Packing, find_packing, forward_packed
+from eagle3_server.split_probe import ONE_BY_ONE, prove_split
 
 
 class HFEagle3TargetModel(Eagle3TargetBackend):
@@ -33,21 +36,22 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
         model: a Hugging Face causal LM on its device; put into eval mode, its parameters frozen.
         aux_layer_ids: three distinct decoder layers whose outputs are captured; the default is
             `[1, L//2 - 1, L - 4]`.
-        cp_mesh: must be None; context parallelism is not supported yet.
+        cp_mesh: one-dimensional `DeviceMesh` of ranks that each hold the whole model and split
+            every sequence between them (context parallelism): each gathers keys and values, and
+            gets the whole result. All must build the backend, and call it, at the same time and
+            with the same arguments. None runs it here alone.
 
     Raises:
         InvalidRequest: bad `aux_layer_ids`, a target too shallow for the default, no decoder
-            layers found, or a `cp_mesh`.
+            layers found, or a model whose sequences cannot be split over `cp_mesh`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         aux_layer_ids: Sequence[int] | None = None,
-        cp_mesh: object | None = None,
+        cp_mesh: DeviceMesh | None = None,
     ) -> None:
-        if cp_mesh is not None:
-            raise InvalidRequest("cp_mesh must be None: context parallelism is not supported yet")
         num_layers = len(decoder_layers(model))
         self.aux_layer_ids = (
             default_aux_layer_ids(num_layers)
@@ -58,6 +62,12 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
         # under no_grad too, which may round differently.
         self.model = model.eval().requires_grad_(False)
         self._packing: Packing | None = None
+        self._context: ContextParallel | None = None
+        if cp_mesh is not None and cp_mesh.size() > 1:
+            device = self.get_input_embeddings().weight.device
+            self._context = ContextParallel.of_mesh(cp_mesh, device)
+            prove_split(model, self._context)
+            self._packing = ONE_BY_ONE
 
     def get_input_embeddings(self) -> EmbeddingsLike:
         """Return the target's own input embedding module."""
@@ -91,13 +101,20 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
                 )
         check_packing(input_ids, attention_mask, position_ids, seq_lens, doc_remaining)
         if seq_lens is None:
-            result = forward_with_aux(self.model, input_ids, attention_mask, self.aux_layer_ids)
+            result = forward_with_aux(
+                self.model, input_ids, attention_mask, self.aux_layer_ids, context=self._context
+            )
         else:
             if self._packing is None:
                 self._packing = find_packing(self.model)
             result = forward_packed(
-                self.model, self._packing, input_ids, seq_lens.long(), self.aux_layer_ids
-            )  # fmt: skip
+                self.model,
+                self._packing,
+                input_ids,
+                seq_lens.long(),
+                self.aux_layer_ids,
+                context=self._context,
+            )
         return Eagle3TargetBatch(
             aux_hidden_states=result.aux_hidden_states,
             logits=shift_left_with_zero(result.logits),

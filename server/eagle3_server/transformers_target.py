@@ -26,6 +26,7 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.protocol import PROTOCOL_VERSION
 from eagle3_schemas.supervision import pack_bits
 from eagle3_server.capturing import capture
+from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.engine import (
     CaptureJob,
     DeviceTensors,
@@ -45,6 +46,7 @@ from eagle3_server.layout import decoder_layers, max_sequence_length, positions_
 from eagle3_server.packing import find_packing
 from eagle3_server.running import JobRunner, aux_names, check_finite
 from eagle3_server.sharding import is_sharded, whole
+from eagle3_server.split_probe import ONE_BY_ONE, prove_split
 from eagle3_server.supervise import supervise_rows
 
 _CACHED_DRAFT_VOCABS = 16
@@ -66,9 +68,11 @@ class TransformersTarget:
         aux_layer_ids: layers used when a request names none; the default is the EAGLE-3 rule, or
             nothing if the target is too shallow for it.
         head_chunk_bytes: memory the full-vocab logits of a chunk of rows may take.
+        context: ranks to split each sequence over, all of which do the same with this target.
 
     Raises:
-        InvalidRequest: bad `aux_layer_ids`, or no decoder layers found in the model.
+        InvalidRequest: bad `aux_layer_ids`, no decoder layers found in the model, or one whose
+            sequences cannot be split.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class TransformersTarget:
         tokenizer_digest: str | None = None,
         aux_layer_ids: Sequence[int] | None = None,
         head_chunk_bytes: int = 64 * 1024 * 1024,
+        context: ContextParallel | None = None,
     ) -> None:
         self._model = model.eval().requires_grad_(False)
         num_layers = len(decoder_layers(model))
@@ -103,7 +108,7 @@ class TransformersTarget:
         except HeadUnsupported as exc:
             head_reason = str(exc)
             logger.warning("the head runs for every position, not for rows alone: %s", exc)
-        packing = find_packing(model)
+        packing = find_packing(model) if context is None else ONE_BY_ONE
         if packing.reason is not None:
             logger.info("packed documents run as rows of their own: %s", packing.reason)
         self._runner = JobRunner(
@@ -113,7 +118,10 @@ class TransformersTarget:
             packing=packing,
             can_trim=not positions_depend_on_length(model),
             full_chunk_rows=max(head_chunk_bytes // (4 * vocab_size), 1),
+            context=context,
         )
+        if context is not None:
+            prove_split(model, context)
         between = Found(False, False, None, head_reason)
         if self._head is not None:
             between = find_final_norm(model, self._head, forward)
@@ -227,22 +235,29 @@ class TransformersTarget:
         del result  # frees the layers' outputs before the head runs
         check_finite(attended, attention_mask, aux_names(job.aux_layer_ids))
         started = time.monotonic()
-        supervision = supervise_rows(
-            source,
-            job.loss_mask[:, :columns].to(self._device),
-            *self._draft_vocab(job.draft_vocab),
-            encoding,
-            job.rows,
-            needs_draft_logits=not encoding.needs_draft_head,
+        loss_mask = job.loss_mask[:, :columns].to(self._device)
+        draft_vocab = self._draft_vocab(job.draft_vocab)
+        supervision = runner.rows(
+            lambda share: vars(
+                supervise_rows(
+                    source,
+                    loss_mask,
+                    *draft_vocab,
+                    encoding,
+                    job.rows,
+                    needs_draft_logits=not encoding.needs_draft_head,
+                    share=share,
+                )
+            )
         )
         head_seconds = time.monotonic() - started  # its checks have waited for the device
         position_mask = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=self._device)
-        position_mask[:, :columns] = shift_left_with_zero(supervision.position_mask)
+        position_mask[:, :columns] = shift_left_with_zero(supervision["position_mask"])
         return DeviceTensors.queued(
             {
                 **encode_aux(attended, job.aux_dtype),
                 "position_mask": pack_bits(position_mask),
-                encoding.tensor_name: supervision.rows,
+                encoding.tensor_name: supervision["rows"],
             },
             self._device,
             head_seconds=head_seconds,

@@ -32,7 +32,7 @@ def bound(family: Family, dtype: torch.dtype) -> Difference:
     return AMPLIFIED.get((family.name, dtype), BOUNDS[dtype])
 
 
-TENSOR_PARALLEL = Difference(probs=5e-5, aux=5e-4, masks=0)
+TWO_RANKS = Difference(probs=5e-5, aux=5e-4, masks=0)
 """Most that two ranks may differ from one process, in float32."""
 
 
@@ -65,12 +65,14 @@ a random transformers model ({L} layers, H {H}, V {V}; a batch of [{B}, {T}] tok
   - Qwen3-Next in bfloat16: {_words(AMPLIFIED["Qwen3-Next", torch.bfloat16])}. Its
     linear attention amplifies rounding tenfold; bfloat16 itself is 2.1 from float32 there.
 
-- **Two ranks**: the weights sharded over two processes (`--tp 2`, gloo, float32, `exact`) by the
-  plan that transformers has for the family, against the full path in one process: the largest
+- **Tensor parallel**: the weights sharded over two processes (`--tp 2`, gloo, float32) by the plan
+  that transformers has for the family, against the full path in one process: the largest
   difference of `target_probs` / of `aux_hidden_states`, as above, with an equal `position_mask`.
-  Asserted: ≤ {TENSOR_PARALLEL.probs:g} / {TENSOR_PARALLEL.aux:g}. `none`: transformers has no plan;
-  `fails`: its forward does not run under it; both are refused at load. `head alone`: the plan does
-  not reach into this config's layers, which every rank then holds whole.
+  Asserted: ≤ {TWO_RANKS.probs:g} / {TWO_RANKS.aux:g}. `none`: transformers has no plan; `fails`:
+  its forward does not run under it; both are refused at load. `head alone`: the plan does not reach
+  into this config's layers, which every rank then holds whole.
+- **Context parallel**: the same with the sequences split (`--cp 2`). `refused` at load: layers that
+  carry a state from token to token, which is not in the keys and values that ranks exchange.
 
 A loss mask that is 1 on padding further than a sliding window from any attended token asks for the
 logits of a token with nothing to attend to. They depend on the padded width (Gemma2: 1e-3 of
@@ -80,8 +82,8 @@ Multimodal classes (`…ForConditionalGeneration`) are run on text alone. Gemma 
 its layers carry four streams, and none of them is the hidden state that EAGLE-3 reads.
 
 | family | class | head | after the head | encodings | layer oracle | exact fp32 | exact bf16 | \
-default fp32 | default bf16 | two ranks |
-|---|---|---|---|---|---|---|---|---|---|---|
+default fp32 | default bf16 | tensor parallel | context parallel |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -90,8 +92,8 @@ def write_table() -> str:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        sharded = measure([family.name for family in FAMILIES])
-        return INTRO + "".join(_row(family, sharded[family.name]) for family in FAMILIES)
+        in_two = measure([family.name for family in FAMILIES])
+        return INTRO + "".join(_row(family, in_two[family.name]) for family in FAMILIES)
     finally:
         torch.set_num_threads(before)
 
@@ -106,7 +108,7 @@ def without_numbers(page: str) -> str:
     return re.sub(r"\S+ / \S+(?= \|)", "…", page)
 
 
-def _row(family: Family, sharded: dict[str, Any]) -> str:
+def _row(family: Family, in_two: dict[str, dict[str, Any]]) -> str:
     # Built in bfloat16 last: an upcast shows there only.
     cases = [Case(family, dtype) for dtype in (torch.float32, torch.bfloat16)]
     described = cases[-1].description
@@ -120,7 +122,8 @@ def _row(family: Family, sharded: dict[str, Any]) -> str:
         f"next input, `{offset}`",
         *(_exact(case) for case in cases),
         *(_difference(case) for case in cases),
-        _sharded(sharded),
+        _sharded(in_two["tp"]),
+        _split(in_two["cp"]),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -151,12 +154,23 @@ def _sharded(outcome: dict[str, Any]) -> str:
             return "fails"
         assert "has no `tp_plan`" in outcome["error"], outcome
         return "none"
-    assert outcome["probs"] <= TENSOR_PARALLEL.probs, outcome
-    assert outcome["aux"] <= TENSOR_PARALLEL.aux, outcome
-    assert outcome["masks"] == 0, outcome
     assert outcome["sharded"] > 0, outcome
-    which = "" if outcome["sharded"] > 1 else "head alone: "
-    return f"{which}{_round_up(outcome['probs'])} / {_round_up(outcome['aux'])}"
+    return f"{'' if outcome['sharded'] > 1 else 'head alone: '}{_of_two(outcome)}"
+
+
+def _split(outcome: dict[str, Any]) -> str:
+    if "error" in outcome:
+        assert "cannot be served under context parallelism" in outcome["error"], outcome
+        return "refused"
+    assert outcome["sharded"] == 0, outcome
+    return _of_two(outcome)
+
+
+def _of_two(outcome: dict[str, Any]) -> str:
+    assert outcome["probs"] <= TWO_RANKS.probs, outcome
+    assert outcome["aux"] <= TWO_RANKS.aux, outcome
+    assert outcome["masks"] == 0, outcome
+    return f"{_round_up(outcome['probs'])} / {_round_up(outcome['aux'])}"
 
 
 def _round_up(value: float) -> str:

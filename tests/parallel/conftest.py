@@ -1,4 +1,4 @@
-"""`eagle3-remote serve --tp 2` as its users run it: a launcher, its two ranks, what they say."""
+"""`eagle3-remote serve --tp 2` or `--cp 2` as users run it: a launcher, and what its ranks say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eagle3_client import RemoteEagle3Backend
 
 PATIENCE_S = 90.0
 V, D = 131, 53  # of the checkpoint, and of its draft vocab
-TIMEOUT_S = 15  # of the shared group: a rank may wait so long for the other
+TIMEOUT_S = 10  # of the shared group: a rank may wait so long for the other
 
 
 @pytest.fixture
@@ -97,11 +97,18 @@ class GroupServer:
             self.process.stderr.close()
 
 
-@pytest.fixture(scope="module")
-def group_server(checkpoint: Path) -> Iterator[GroupServer]:
+@pytest.fixture(scope="module", params=["--tp", "--cp"])
+def group_server(request: Any, checkpoint: Path) -> Iterator[GroupServer]:
     """One that tests only ask."""
     server = GroupServer(
-        checkpoint, "--tp", 2, "--port", 0, "--device", "cpu", EAGLE3_TP_TIMEOUT_S=str(TIMEOUT_S)
+        checkpoint,
+        request.param,
+        2,
+        "--port",
+        0,
+        "--device",
+        "cpu",
+        EAGLE3_GROUP_TIMEOUT_S=str(TIMEOUT_S),
     )
     try:
         assert server.url, server.said
@@ -110,15 +117,28 @@ def group_server(checkpoint: Path) -> Iterator[GroupServer]:
         server.close()
 
 
+def run_ranks(port: int, module: str, *arguments: object) -> str:
+    """What rank 0 of a program printed that runs as two ranks."""
+    here = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    here["MASTER_PORT"] = str(port)
+    command = [sys.executable, "-m", f"tests.parallel.{module}", *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**here, "RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
+    return said[0]
+
+
 @pytest.fixture
 def serve_group(checkpoint: Path) -> Iterator[Callable[..., GroupServer]]:
-    """`serve_group(**variables)`: the checkpoint served by two ranks on the CPU."""
+    """`serve_group("--cp")`: the checkpoint served by two ranks on the CPU, `--tp` by default."""
     with ExitStack() as stack:
 
-        def start(*arguments: object, **variables: str) -> GroupServer:
-            server = GroupServer(
-                checkpoint, "--tp", 2, "--port", 0, "--device", "cpu", *arguments, **variables
-            )
+        def start(how: str = "--tp") -> GroupServer:
+            server = GroupServer(checkpoint, how, 2, "--port", 0, "--device", "cpu")
             stack.callback(server.close)
             assert server.url, server.said
             return server

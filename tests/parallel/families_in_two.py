@@ -1,6 +1,6 @@
-"""Families sharded over two ranks, against the whole: `measure`, and the program of a rank.
+"""Families over two ranks, sharded and split, against the whole: `measure`, and a rank's program.
 
-Its arguments: a folder both see, and the names of families. Rank 0 prints a JSON line for each.
+Its arguments: a folder both see, and the names of families. Rank 0 prints two JSON lines for each.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from eagle3_server.group import Group
 from eagle3_server.loading import load_target
 
 
-def measure(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Run two ranks over families; what rank 0 said of each, by name."""
+def measure(names: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Run two ranks over families; what rank 0 said, by name and then by `tp` and `cp`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     here = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -52,8 +52,12 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         with ThreadPoolExecutor(2) as readers:  # a full pipe would stop a rank
             said = [each.result() for each in [readers.submit(r.communicate) for r in ranks]]
     lines = [json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")]
-    found = {line["family"]: line for line in lines}
-    assert list(found) == list(names), "\n".join(stderr[-2000:] for _, stderr in said)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["family"], {})[line["how"]] = line
+    assert [len(each) for each in found.values()] == [2] * len(names), "\n".join(
+        stderr[-2000:] for _, stderr in said
+    )
     return found
 
 
@@ -86,19 +90,21 @@ def main(folder: str, *names: str) -> None:
         if group.rank == 0:
             family.build(torch.float32).save_pretrained(path)
         dist.barrier(group.control)
-        outcome: dict[str, Any] = {"family": name}
-        try:
-            target = load_target(ServerSettings(model=str(path), device="cpu"), group)
-            got = target.supervise(make_job()).tensors
-            outcome["head"] = target.describe().head
-            sharded = sum(hasattr(p, "to_local") for p in target._model.parameters())
-            outcome["sharded"] = sharded
+        for how in ("tp", "cp"):
+            outcome: dict[str, Any] = {"family": name, "how": how}
+            try:
+                settings = ServerSettings(model=str(path), device="cpu", **{how: 2})
+                target = load_target(settings, group)
+                got = target.supervise(make_job()).tensors
+                outcome["head"] = target.describe().head
+                sharded = sum(hasattr(p, "to_local") for p in target._model.parameters())
+                outcome["sharded"] = sharded
+                if group.rank == 0:
+                    outcome |= compare(Case(family, torch.float32), got)
+            except InvalidRequest as exc:  # on both ranks: no plan, or it fails; cannot be split
+                outcome["error"] = str(exc)
             if group.rank == 0:
-                outcome |= compare(Case(family, torch.float32), got)
-        except InvalidRequest as exc:  # on both ranks: transformers has no plan, or it fails
-            outcome["error"] = str(exc)
-        if group.rank == 0:
-            print(json.dumps(outcome), flush=True)
+                print(json.dumps(outcome), flush=True)
     sys.stdout.flush()
     os._exit(0)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.parallel.conftest import PATIENCE_S, GroupServer, V
+from tests.parallel.conftest import PATIENCE_S, GroupServer, V, run_ranks
 
 from eagle3_client import RemoteEagle3Backend, RemoteEagle3Error
 
@@ -23,8 +22,8 @@ pytestmark = pytest.mark.slow
 def test_it_starts_and_stops_five_times_in_a_row(
     serve_group: Any, backend: Any, batch_of: Any
 ) -> None:
-    for _ in range(int(os.environ.get("EAGLE3TEST_GROUPS", "5"))):
-        server: GroupServer = serve_group()
+    for number in range(int(os.environ.get("EAGLE3TEST_GROUPS", "5"))):
+        server: GroupServer = serve_group(("--tp", "--cp")[number % 2])
         backend(server.url).generate_batch(*batch_of(V))
         server.process.terminate()
         assert server.ended() == 0, server.said
@@ -61,16 +60,24 @@ class Load(threading.Thread):
 
 
 @pytest.mark.parametrize(
-    ("rank", "loaded"), [(0, True), (1, True), (1, False)], ids=["leader", "follower", "idle"]
+    ("how", "rank", "loaded"),
+    [
+        ("--tp", 0, True),
+        ("--tp", 1, True),
+        ("--tp", 1, False),
+        ("--cp", 0, True),
+        ("--cp", 1, True),
+    ],
+    ids=["leader", "follower", "idle", "leader-cp", "follower-cp"],
 )
 def test_a_rank_that_is_killed_ends_the_group(
-    serve_group: Any, backend: Any, batch_of: Any, rank: int, loaded: bool
+    serve_group: Any, backend: Any, batch_of: Any, how: str, rank: int, loaded: bool
 ) -> None:
     """With its number and a non-zero exit code, so that a supervisor starts all of it again."""
-    server: GroupServer = serve_group()
-    client = backend(server.url, retry_for_s=1.0)
-    client.generate_batch(*batch_of(V))
-    load = Load(client, batch_of(V)) if loaded else None
+    server: GroupServer = serve_group(how)
+    client, inputs = backend(server.url, retry_for_s=1.0), batch_of(V, (70, 40))
+    client.generate_batch(*inputs)
+    load = Load(client, inputs) if loaded else None
     if load is not None:
         load.wait_until_served(3)
     server.kill_rank(rank)
@@ -85,12 +92,13 @@ def test_a_rank_that_is_killed_ends_the_group(
         assert "has to start it again" in server.said
 
 
+@pytest.mark.parametrize("how", ["--tp", "--cp"])
 def test_sigterm_under_load_loses_nothing_that_was_admitted(
-    serve_group: Any, backend: Any, batch_of: Any
+    serve_group: Any, backend: Any, batch_of: Any, how: str
 ) -> None:
-    server: GroupServer = serve_group()
+    server: GroupServer = serve_group(how)
     clients = [backend(server.url, retry_for_s=0.0) for _ in range(3)]
-    loads = [Load(client, batch_of(V)) for client in clients]
+    loads = [Load(client, batch_of(V, (70, 40))) for client in clients]
     for load in loads:
         load.wait_until_served(3)
     server.process.terminate()
@@ -131,21 +139,6 @@ def test_a_sigterm_before_it_serves_is_a_clean_end(checkpoint: Path) -> None:
     process.stderr.close()
 
 
-def run_ranks(free_port: int, *arguments: object) -> str:
-    """What rank 0 of `ranks.py` printed."""
-    here = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    here["MASTER_PORT"] = str(free_port)
-    command = [sys.executable, "-m", "tests.parallel.ranks", *map(str, arguments)]
-    ranks = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**here, "RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
-    return said[0]
-
-
 COMPARED = [
     "the same: same",
     "ranks [1] have other texts than rank 0, which has rank 0",
@@ -154,14 +147,14 @@ COMPARED = [
 
 def test_an_error_of_the_model_leaves_the_group_whole(free_port: int) -> None:
     calls = ["target_head", "input_embeddings", "input_embeddings"]
-    said = run_ranks(free_port, 0, 60, *calls).splitlines()
+    said = run_ranks(free_port, "ranks", 0, 60, *calls).splitlines()
     assert said == [*COMPARED, "target_head: RuntimeError: of the model",
                     *["input_embeddings: done"] * 2]  # fmt: skip
 
 
 def test_a_rank_that_ends_a_computation_otherwise_breaks_the_group(free_port: int) -> None:
     """At once, whichever of them it was: the next collectives would not meet."""
-    said = run_ranks(free_port, 0, 20, "draft_head", "input_embeddings").splitlines()
+    said = run_ranks(free_port, "ranks", 0, 20, "draft_head", "input_embeddings").splitlines()
     assert said[:2] == COMPARED
     (last,) = said[2:]
     assert last.startswith("draft_head: GroupBroken: a computation ended with success on rank 0")
@@ -170,7 +163,7 @@ def test_a_rank_that_ends_a_computation_otherwise_breaks_the_group(free_port: in
 
 def test_a_rank_that_stalls_beyond_the_timeout_breaks_the_group(free_port: int) -> None:
     """Its collective fails on both, as a forward would, and so would every one after it."""
-    said = run_ranks(free_port, 9, 6, "input_embeddings", "input_embeddings").splitlines()
+    said = run_ranks(free_port, "ranks", 9, 6, "input_embeddings", "input_embeddings").splitlines()
     assert said[:2] == COMPARED
     assert said[2].startswith("input_embeddings: GroupBroken: ")
     assert len(said) == 3

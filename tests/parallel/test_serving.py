@@ -30,11 +30,12 @@ def test_it_serves_what_one_process_does(
     assert info.device_name == "2 x cpu"
     assert info.encodings == ("probs", "logits", "hidden")
     assert info.head == "rows"
-    assert info.packing == "masked"
+    is_split = "--cp" in group_server.process.args
+    assert info.packing == ("documents" if is_split else "masked")
     assert dict(info.outputs).keys() == set(whole.outputs)
     local, ids = HFEagle3TargetModel(model), frequency_ordered(V, D)
     for left in (False, True):
-        inputs = batch_of(V, (12, 9, 5), left=left)
+        inputs = batch_of(V, (41, 32, 5), left=left)
         expected = local.generate_batch(*inputs)
         assert expected.logits is not None
         attended = inputs.attention_mask.bool()
@@ -61,7 +62,7 @@ def test_captures_packed_rows_and_exact_are_served_too(
     group_server: GroupServer, backend: Any, model: Any, batch_of: Any
 ) -> None:
     url = group_server.url
-    client, inputs = backend(url), batch_of(V)
+    client, inputs = backend(url), batch_of(V, (41, 32, 5))
     got = client.capture(*inputs, outputs=("last_hidden", "argmax", "logsumexp"))
     with torch.no_grad():
         out = model(inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False,
@@ -70,7 +71,7 @@ def test_captures_packed_rows_and_exact_are_served_too(
     torch.testing.assert_close(
         got.last_hidden[attended], out.hidden_states[-1][attended], rtol=1e-4, atol=1e-4
     )
-    documents = [torch.randint(1, V, (n,)) for n in (7, 4, 9)]
+    documents = [torch.randint(1, V, (n,)) for n in (7, 45, 9)]
     packed = pack_sequences(documents, [torch.ones_like(each) for each in documents])
     for exact in (False, True):
         batch = backend(url, exact=exact).generate_batch(**packed)

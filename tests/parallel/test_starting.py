@@ -27,7 +27,7 @@ def test_what_cannot_be_loaded_ends_all_of_it_with_the_reason(tmp_path: Path) ->
         ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (), "numbers"),
         ({}, ("--device", "cuda"), "needs as many GPUs, or --device cpu; this host has 0"),
         ({}, ("--device", "cuda:1"), "expected --device auto, cpu or cuda, got cuda:1"),
-        ({"EAGLE3_TP_TIMEOUT_S": "inf"}, (), "setting tp_timeout_s"),
+        ({"EAGLE3_GROUP_TIMEOUT_S": "inf"}, (), "setting group_timeout_s"),
         ({"EAGLE3_TP": "0"}, (), "setting tp "),
     ],
 )

@@ -219,11 +219,6 @@ def test_one_of_the_packing_tensors_alone_is_refused_by_the_co_located_target(
         HFEagle3TargetModel(model).generate_batch(ids, ids, ids, **{name: ids})
 
 
-def test_a_context_parallel_mesh_is_refused(model: Any) -> None:
-    with pytest.raises(InvalidRequest, match="cp_mesh must be None"):
-        HFEagle3TargetModel(model, cp_mesh=object())
-
-
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = DictModel()
     model.config.num_hidden_layers = 5

@@ -1,0 +1,127 @@
+"""A rank that trains with `HFEagle3TargetModel(model, cp_mesh=…)`; rank 0 prints JSON lines.
+
+Argument: the directory of a Llama.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+
+from eagle3_schemas import pack_sequences
+from eagle3_schemas.errors import InvalidRequest, TargetFailed
+from eagle3_server import HFEagle3TargetModel
+from eagle3_server.context_parallel import ContextParallel
+
+V = 131
+
+
+def main(path: str) -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    context = ContextParallel.of_mesh(mesh, torch.device("cpu"))
+
+    def tell(case: str, **found: Any) -> None:
+        everyone = [None, None]
+        dist.all_gather_object(everyone, found)
+        if context.rank == 0:
+            print(json.dumps({"case": case, "ranks": everyone}), flush=True)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype)
+        whole, split = HFEagle3TargetModel(model), HFEagle3TargetModel(model, cp_mesh=mesh)
+        columns: list[int] = []
+        layer = model.model.layers[0]
+        layer.register_forward_pre_hook(lambda _m, args, c=columns: c.append(args[0].shape[1]))
+        for name, batch in batches().items():
+            expected = whole.generate_batch(**batch)
+            columns.clear()
+            got = split.generate_batch(**batch)
+            attended = batch["attention_mask"].bool()
+            aux, logits = got.aux_hidden_states[attended], got.logits
+            assert logits is not None
+            assert expected.logits is not None
+            reference = expected.aux_hidden_states[attended].float()
+            error = (aux.float() - reference).abs().max() / reference.square().mean().sqrt()
+            earlier = attended[:, 1:]  # of shifted logits, those of attended tokens
+            difference = logits[:, :-1] - expected.logits[:, :-1]
+            tell(
+                f"{name} {dtype}".replace("torch.", ""),
+                shape=list(logits.shape),
+                columns=list(columns),
+                aux=float(error),
+                logits=float(difference[earlier].abs().max()),
+            )
+    for name in ("llama", "mamba2"):
+        try:
+            if name == "mamba2":
+                HFEagle3TargetModel(mamba2(), cp_mesh=mesh)
+            else:
+                HFEagle3TargetModel(model, cp_mesh=init_device_mesh("cpu", (2, 1)))
+        except InvalidRequest as exc:
+            tell(f"{name} refused", error=str(exc))
+    shared(context, tell)
+    dist.barrier()
+    os._exit(0)
+
+
+def batches() -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(*lengths: int, left: bool = False) -> dict[str, torch.Tensor]:
+        width = max(lengths)
+        columns = torch.arange(width).expand(len(lengths), width)
+        mask = (columns < torch.tensor(lengths)[:, None]).long()
+        mask = mask.flip(1) if left else mask
+        ids = torch.randint(1, V, mask.shape, generator=generator) * mask
+        return {"input_ids": ids, "attention_mask": mask, "loss_mask": mask}
+
+    documents = [torch.randint(1, V, (n,), generator=generator) for n in (45, 3, 60)]
+    return {
+        "right": batch(71, 40, 9),
+        "left": batch(71, 40, 9, left=True),
+        "one row": batch(64),
+        "short": batch(31, 12),
+        "packed": pack_sequences(documents, [torch.ones_like(each) for each in documents]),
+    }
+
+
+def mamba2() -> Any:
+    config = transformers.Mamba2Config(
+        hidden_size=32, num_hidden_layers=7, vocab_size=V, state_size=8, num_heads=4, head_dim=16
+    )
+    return transformers.Mamba2ForCausalLM(config)
+
+
+def shared(context: ContextParallel, tell: Any) -> None:
+    """Rows that the ranks share: all of them, and what one of them finds wrong with its own."""
+
+    def compute(share: tuple[int, int]) -> dict[str, torch.Tensor]:
+        rank, _ = share
+        mask = torch.zeros(2, 3, dtype=torch.bool)
+        mask[rank, 1] = True
+        rows = torch.full((3 * rank, 2), float(rank), dtype=torch.bfloat16)  # rank 0 has none
+        return {"position_mask": mask, "rows": rows}
+
+    def fail(share: tuple[int, int]) -> dict[str, torch.Tensor]:
+        if share[0] == 1:
+            raise TargetFailed("row 7 is not finite: é")
+        return compute(share)
+
+    for name, each in (("shared", compute), ("one fails", fail), ("after it", compute)):
+        try:
+            rows = context.share_rows(each)
+            found = {key: value.tolist() for key, value in rows.items()}
+            tell(name, dtype=str(rows["rows"].dtype), **found)
+        except TargetFailed as exc:
+            tell(name, error=exc.detail)
+
+
+main(sys.argv[1])
