@@ -116,7 +116,7 @@ class ContextParallel:
             words = exc.detail
         self._raise_first(words)
         whole: dict[str, torch.Tensor] = {}
-        for name, part in tensors.items():
+        for name, part in sorted(tensors.items()):  # one order for all, whatever the dict's is
             if name == "position_mask":
                 either = part.to(torch.uint8)
                 dist.all_reduce(either, dist.ReduceOp.MAX, self.group)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from tests.families.configs import FAMILIES
 from torch.distributed.device_mesh import init_device_mesh
 
 from eagle3_schemas import pack_sequences
@@ -59,12 +60,11 @@ def main(path: str) -> None:
                 aux=float(error),
                 logits=float(difference[earlier].abs().max()),
             )
-    for name in ("llama", "mamba2"):
+    plane = init_device_mesh("cpu", (2, 1))
+    for name in ("Mamba2", "RecurrentGemma", "plane"):
+        other = model if name == "plane" else family(name)
         try:
-            if name == "mamba2":
-                HFEagle3TargetModel(mamba2(), cp_mesh=mesh)
-            else:
-                HFEagle3TargetModel(model, cp_mesh=init_device_mesh("cpu", (2, 1)))
+            HFEagle3TargetModel(other, (0, 2, 4), plane if name == "plane" else mesh)
         except InvalidRequest as exc:
             tell(f"{name} refused", error=str(exc))
     shared(context, tell)
@@ -93,11 +93,8 @@ def batches() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def mamba2() -> Any:
-    config = transformers.Mamba2Config(
-        hidden_size=32, num_hidden_layers=7, vocab_size=V, state_size=8, num_heads=4, head_dim=16
-    )
-    return transformers.Mamba2ForCausalLM(config)
+def family(name: str) -> Any:
+    return next(each for each in FAMILIES if each.name == name).build(torch.float32)
 
 
 def shared(context: ContextParallel, tell: Any) -> None:
@@ -108,7 +105,10 @@ def shared(context: ContextParallel, tell: Any) -> None:
         mask = torch.zeros(2, 3, dtype=torch.bool)
         mask[rank, 1] = True
         rows = torch.full((3 * rank, 2), float(rank), dtype=torch.bfloat16)  # rank 0 has none
-        return {"position_mask": mask, "rows": rows}
+        ones = torch.ones(3, dtype=torch.bfloat16)
+        found = {"position_mask": mask, "rows": rows, "ones": ones, "twos": 2 * ones}
+        # Names come out of sets, whose order is each process's own.
+        return found if rank else dict(reversed(found.items()))
 
     def fail(share: tuple[int, int]) -> dict[str, torch.Tensor]:
         if share[0] == 1:
