@@ -29,6 +29,8 @@ def test_what_cannot_be_loaded_ends_all_of_it_with_the_reason(tmp_path: Path) ->
         ({}, ("--device", "cuda:1"), "expected --device auto, cpu or cuda, got cuda:1"),
         ({"EAGLE3_GROUP_TIMEOUT_S": "inf"}, (), "setting group_timeout_s"),
         ({"EAGLE3_TP": "0"}, (), "setting tp "),
+        ({}, ("--cp", "2"), "--tp 2 and --cp 2 cannot be had together"),
+        ({"EAGLE3_TP": "1"}, ("--cp", "2", "--device", "cuda"), "--cp 2 needs as many GPUs"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words_before_anything_starts(
