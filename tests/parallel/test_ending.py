@@ -64,11 +64,10 @@ class Load(threading.Thread):
     [
         ("--tp", 0, True),
         ("--tp", 1, True),
-        ("--tp", 1, False),
         ("--cp", 0, True),
-        ("--cp", 1, True),
+        ("--cp", 1, False),
     ],
-    ids=["leader", "follower", "idle", "leader-cp", "follower-cp"],
+    ids=["tp-leader", "tp-follower", "cp-leader", "cp-follower-idle"],
 )
 def test_a_rank_that_is_killed_ends_the_group(
     serve_group: Any, backend: Any, batch_of: Any, how: str, rank: int, loaded: bool

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tests.parallel.conftest import GroupServer
+from tests.parallel.conftest import PATIENCE_S, GroupServer
 
 pytestmark = pytest.mark.slow
 
@@ -20,29 +23,44 @@ def test_what_cannot_be_loaded_ends_all_of_it_with_the_reason(tmp_path: Path) ->
         server.close()
 
 
-@pytest.mark.parametrize(
-    ("variables", "arguments", "words"),
-    [
-        ({"RANK": "0"}, (), "expected RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (), "numbers"),
-        ({}, ("--device", "cuda"), "needs as many GPUs, or --device cpu; this host has 0"),
-        ({}, ("--device", "cuda:1"), "expected --device auto, cpu or cuda, got cuda:1"),
-        ({"EAGLE3_GROUP_TIMEOUT_S": "inf"}, (), "setting group_timeout_s"),
-        ({"EAGLE3_TP": "0"}, (), "setting tp "),
-        ({}, ("--cp", "2"), "--tp 2 and --cp 2 cannot be had together"),
-        ({"EAGLE3_TP": "1"}, ("--cp", "2", "--device", "cuda"), "--cp 2 needs as many GPUs"),
-    ],
-)
+REFUSED: list[tuple[dict[str, str], tuple[str, ...], str]] = [
+    ({"RANK": "0"}, (), "expected RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+    ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (), "numbers"),
+    ({}, ("--device", "cuda"), "needs as many GPUs, or --device cpu; this host has 0"),
+    ({}, ("--device", "cuda:1"), "expected --device auto, cpu or cuda, got cuda:1"),
+    ({"EAGLE3_GROUP_TIMEOUT_S": "inf"}, (), "setting group_timeout_s"),
+    ({"EAGLE3_TP": "0"}, (), "setting tp "),
+    ({}, ("--cp", "2"), "--tp 2 and --cp 2 cannot be had together"),
+    ({"EAGLE3_TP": "1"}, ("--cp", "2", "--device", "cuda"), "--cp 2 needs as many GPUs"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(checkpoint: Path) -> list[tuple[int, str]]:
+    """How each of `REFUSED` ended: exit code and words."""
+    cases = [
+        ({"EAGLE3_TP": "2", **variables}, [str(checkpoint), "--port", "0", *arguments])
+        for variables, arguments, _ in REFUSED
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.refusals"],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return [(code, words) for code, words in json.loads(finished.stdout)]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[each[2] for each in REFUSED])
 def test_what_cannot_be_is_refused_in_words_before_anything_starts(
-    checkpoint: Path, variables: dict[str, str], arguments: tuple[str, ...], words: str
+    refusals: list[tuple[int, str]], number: int
 ) -> None:
-    server = GroupServer(checkpoint, *arguments, "--port", 0, **{"EAGLE3_TP": "2", **variables})
-    try:
-        assert server.ended() == 2
-        assert words in server.said
-        assert not server.ranks
-    finally:
-        server.close()
+    code, said = refusals[number]
+    assert code == 2
+    assert REFUSED[number][2] in said
+    assert "are processes" not in said
 
 
 def test_modules_of_the_current_directory_are_not_imported(
