@@ -1,4 +1,4 @@
-"""`Group`: the processes that hold one target's shards, and the commands that keep them in step.
+"""`Group`: the processes that run one target together, and the commands that keep them in step.
 
 Rank 0 serves; before each computation it tells the others which, and all run it side by side. Only
 the thread that owns the target may use a group: collectives of two threads would mix. Commands are

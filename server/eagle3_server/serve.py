@@ -27,6 +27,7 @@ from eagle3_server.engine import Target, TargetDescription
 from eagle3_server.group import Group, GroupBroken, rank_here
 from eagle3_server.http_protocol import bounded
 from eagle3_server.launching import launch
+from eagle3_server.leading import LeadingTarget, follow
 from eagle3_server.listening import (
     allow_open_files,
     hold_unix,
@@ -38,7 +39,6 @@ from eagle3_server.listening import (
 from eagle3_server.loading import load_target
 from eagle3_server.logs import set_up_logging
 from eagle3_server.service import Service
-from eagle3_server.tensor_parallel import LeadingTarget, follow
 from eagle3_server.transformers_target import TransformersTarget
 
 _KEEP_ALIVE_S = 600  # uvicorn's 5 s would close connections between two optimizer steps

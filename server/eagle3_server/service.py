@@ -24,11 +24,11 @@ from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
 from eagle3_server.device_errors import allocated_bytes, free_memory, is_fatal, is_out_of_memory
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
+from eagle3_server.leading import Keeper, LeadingTarget
 from eagle3_server.model_info import limits_of, model_info
 from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
 from eagle3_server.telemetry import Telemetry
-from eagle3_server.tensor_parallel import Keeper, LeadingTarget
 from eagle3_server.vocab import DraftVocabRegistry
 from eagle3_server.warm_up import WarmUp, warm_up
 

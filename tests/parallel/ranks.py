@@ -16,7 +16,7 @@ import torch.distributed as dist
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.group import Group, GroupBroken
-from eagle3_server.tensor_parallel import LeadingTarget, follow
+from eagle3_server.leading import LeadingTarget, follow
 
 
 class Stalling:

@@ -1,4 +1,4 @@
-"""A target whose weights are sharded over a group: rank 0 leads, the others follow."""
+"""A target that runs on a group of processes: rank 0 leads, the others follow."""
 
 from __future__ import annotations
 
