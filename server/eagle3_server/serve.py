@@ -22,6 +22,7 @@ import uvicorn
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.allocator import give_back_freed_memory, keep_freed_memory
 from eagle3_server.app import create_app
+from eagle3_server.children import tell_parent
 from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
 from eagle3_server.engine import Target, TargetDescription
 from eagle3_server.group import Group, GroupBroken, rank_here
@@ -37,6 +38,7 @@ from eagle3_server.listening import (
 )
 from eagle3_server.loading import load_target
 from eagle3_server.logs import set_up_logging
+from eagle3_server.replicas import check_replicas, serve_replicas
 from eagle3_server.service import Service
 from eagle3_server.tensor_parallel import LeadingTarget, follow
 from eagle3_server.transformers_target import TransformersTarget
@@ -55,6 +57,8 @@ def serve(settings: ServerSettings) -> int:
     """
     _check(settings)
     set_up_logging(settings.log_format)
+    if settings.replicas is not None:
+        return serve_replicas(settings)
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         keep_freed_memory()
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
@@ -66,17 +70,21 @@ def serve(settings: ServerSettings) -> int:
         if rank > 0:
             _follow(settings)
     failures: list[BaseException] = []
+    fingerprint = ""
 
     def load() -> Target:
+        nonlocal fingerprint
         started = time.monotonic()
         target = _load(settings)
         give_back_freed_memory()
+        fingerprint = target.describe().fingerprint
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
         logger.info("warming up")
         return target
 
     def announce() -> None:
         logger.info("ready: trainers use %s", " or ".join(urls))
+        tell_parent(urls[0], fingerprint)
 
     def stop(error: BaseException) -> None:
         failures.append(error)
@@ -245,6 +253,7 @@ def _check(settings: ServerSettings) -> None:
             f"--tp {settings.tp} and --cp {settings.cp} cannot be had together: choose --tp where "
             "the weights do not fit a device, --cp where the sequences do not"
         )
+    check_replicas(settings)
     unknown = unknown_variables(os.environ)
     if unknown:
         raise InvalidRequest(
