@@ -65,8 +65,8 @@ def serve_replicas(settings: ServerSettings) -> int:
     Raises:
         InvalidRequest: Ray is missing, cannot be joined, or lacks devices.
     """
-    signals = _Signals()
     with ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
         try:
             cluster = stack.enter_context(ray_cluster(settings))
         except SystemExit:  # of Ray's own handler, while it starts: nothing was served
@@ -81,14 +81,24 @@ def serve_replicas(settings: ServerSettings) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT, counted."""
+    """SIGTERM and SIGINT, counted while it is entered."""
+
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.count = 0
+        self._handlers = [(number, signal.getsignal(number)) for number in self._NUMBERS]
+
+    def __enter__(self) -> _Signals:
         self.listen()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for number, handler in self._handlers:
+            signal.signal(number, handler)
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._NUMBERS:
             signal.signal(number, self._note)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
