@@ -101,7 +101,10 @@ def _import() -> Any:
 
 
 def _start(settings: ServerSettings, folder: Path) -> Any:
-    """Start Ray on loopback, with a token of its own that only this user can read."""
+    """Start Ray on loopback, with a token of its own that only this user can read.
+
+    Ray makes its folder writable to all; ours above it, which it does not know of, is not.
+    """
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -118,7 +121,7 @@ def _start(settings: ServerSettings, folder: Path) -> Any:
         num_cpus=settings.replicas,
         num_gpus=0 if settings.device == "cpu" else torch.cuda.device_count(),
         object_store_memory=_OBJECT_STORE_BYTES,
-        _temp_dir=str(folder),
+        _temp_dir=str(folder / "r"),
     )
     return ray
 

@@ -66,7 +66,7 @@ def test_all_of_it_listens_on_loopback_alone(command: Command) -> None:
 
 
 def session_of(command: Command) -> Path:
-    """The folder that Ray has for this command."""
+    """The folder around Ray's, of which this command has its own."""
     (raylet,) = [
         pid
         for pid in command.processes()
@@ -74,7 +74,7 @@ def session_of(command: Command) -> Path:
     ]
     arguments = Path(f"/proc/{raylet}/cmdline").read_text().split("\0")
     (folder,) = [each.partition("=")[2] for each in arguments if each.startswith("--temp_dir=")]
-    return Path(folder)
+    return Path(folder).parent
 
 
 def test_the_token_is_nowhere_but_with_the_servers(command: Command) -> None:
