@@ -59,8 +59,8 @@ class ServerSettings(BaseSettings):
     """Seconds a process of the group waits for the others before it gives up. Who has a network
     that stalls longer, or wants to know sooner."""
     replicas: Annotated[int | None, Field(ge=1)] = None
-    """Servers of the target that Ray places on GPUs or hosts and restarts, `tp` or `cp` devices each;
-    default none: this process serves. Who needs more throughput than one server has."""
+    """Servers of the target that Ray places and restarts, with `tp` or `cp` devices each; default
+    none: this process serves. Who needs more throughput than one server has."""
     urls_file: Path | None = None
     """File that has the replicas' URLs, as EAGLE3_URLS takes them, while all of them have been
     ready. Who starts trainers by script."""
