@@ -62,10 +62,19 @@ class _Seat:
 
 
 class Fleet:
-    """All replicas of a command, and what it says of them."""
+    """All replicas of a command, and what it says of them.
 
-    def __init__(self, settings: ServerSettings, cluster: Cluster) -> None:
+    Args:
+        settings: of the command.
+        cluster: where they run.
+        publish: called with the URLs, comma-separated, when all are ready, and when one has moved.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, cluster: Cluster, publish: Callable[[str], None]
+    ) -> None:
         self._settings, self._cluster, self._ray = settings, cluster, cluster.ray
+        self._publish = publish
         assert settings.replicas is not None
         self._seats = [_Seat(k, cluster.actor.remote()) for k in range(settings.replicas)]
         self._fingerprint = self._announced = ""
@@ -199,7 +208,7 @@ class Fleet:
         if self._announced:
             logger.warning("trainers that were given the former URLs need the new ones")
         self._announced = urls
-        print(urls, flush=True)
+        self._publish(urls)
         if self._settings.urls_file is not None:
             _write(self._settings.urls_file, urls + "\n")
             logger.info("wrote them to %s", self._settings.urls_file)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import re
 import signal
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, redirect_stdout
 from types import FrameType
 
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
 from eagle3_server.ray_cluster import is_joined, ray_cluster
 from eagle3_server.replica_fleet import Fleet
+
+logger = logging.getLogger("eagle3_server")
 
 
 def check_replicas(settings: ServerSettings) -> None:
@@ -67,12 +73,14 @@ def serve_replicas(settings: ServerSettings) -> int:
     """
     with ExitStack() as stack:
         signals = stack.enter_context(_Signals())
+        stdout = sys.stdout
+        stack.enter_context(redirect_stdout(_RaySays()))
         try:
             cluster = stack.enter_context(ray_cluster(settings))
         except SystemExit:  # of Ray's own handler, while it starts: nothing was served
             return 0
         signals.listen()  # Ray has put its own in place
-        fleet = Fleet(settings, cluster)
+        fleet = Fleet(settings, cluster, lambda urls: print(urls, file=stdout, flush=True))
         try:
             return fleet.serve(lambda: signals.count)
         finally:
@@ -103,3 +111,16 @@ class _Signals:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
+
+
+class _RaySays(io.TextIOBase):
+    """What Ray prints, as log records: stdout is for URLs alone."""
+
+    def __init__(self) -> None:
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = re.sub(r"\x1b\[\d*m", "", self._line + text).split("\n")
+        for line in filter(str.strip, lines):
+            logger.info("Ray: %s", line)
+        return len(text)
