@@ -71,6 +71,13 @@ def serve(
     cp: Annotated[
         int | None, typer.Option(help="Processes, one a device, to split each sequence over [1].")
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Servers that Ray starts and restarts, on --port and those after it."),
+    ] = None,
+    urls_file: Annotated[
+        Path | None, typer.Option(help="File to write the replicas' URLs to, for EAGLE3_URLS.")
+    ] = None,
     attn_implementation: Annotated[
         str | None, typer.Option(help="sdpa, eager, flash_attention_2 … [the model's default].")
     ] = None,

@@ -58,6 +58,12 @@ class ServerSettings(BaseSettings):
     group_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds a process of the group waits for the others before it gives up. Who has a network
     that stalls longer, or wants to know sooner."""
+    replicas: Annotated[int | None, Field(ge=1)] = None
+    """Servers of the target that Ray places and restarts, with `tp` or `cp` devices each; default
+    none: this process serves. Who needs more throughput than one server has."""
+    urls_file: Path | None = None
+    """File that has the replicas' URLs, as EAGLE3_URLS takes them, while all of them have been
+    ready. Who starts trainers by script."""
     attn_implementation: str | None = None
     """transformers' attention (sdpa, eager, flash_attention_2). Who compares with such a target."""
     aux_layer_ids: Annotated[tuple[int, ...] | None, NoDecode] = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import logging
 import os
 import signal
@@ -11,23 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from types import FrameType
 
 import torch
 
 from eagle3_schemas.errors import InvalidRequest
+from eagle3_server.children import READY_FD_VARIABLE, settings_to_json, start_server
 from eagle3_server.config import ServerSettings
 from eagle3_server.group import LISTEN_FD_VARIABLE
 
 _POLL_S = 0.05
 _FOLLOWERS_S = 10.0  # they get to end after the leader
-_PR_SET_PDEATHSIG = 1
-_MEMBER = (
-    "import sys; sys.path = [each for each in sys.path if each]; "
-    "from eagle3_server.member import main; raise SystemExit(main())"
-)
 
 logger = logging.getLogger("eagle3_server")
 
@@ -60,26 +52,6 @@ def launch(settings: ServerSettings) -> int:
         group.kill()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def settings_to_json(settings: ServerSettings) -> str:
-    """Write settings down, tokens included: for a pipe, not for a log."""
-    fields = settings.model_dump(mode="json", exclude_unset=False)
-    if settings.token is not None:
-        fields["token"] = settings.token.get_secret_value()
-    return json.dumps(fields)
-
-
-def _dies_with_parent() -> Callable[[], None] | None:
-    """Return what makes the kernel end a child whose parent was killed; Linux alone has it."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    return ask
 
 
 class _Members:
@@ -115,21 +87,10 @@ class _Members:
             LISTEN_FD_VARIABLE: str(meeting.fileno()),
         }
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-        member = subprocess.Popen(
-            # Not -m, which would look for modules in the current directory first.
-            [sys.executable, "-c", _MEMBER],
-            stdin=subprocess.PIPE,
-            env=environment,
-            pass_fds=[meeting.fileno()] if rank == 0 else [],
-            # A session of its own: an interrupt of the terminal comes to us, the leader has ours.
-            start_new_session=True,
-            preexec_fn=_dies_with_parent(),
-        )
-        assert member.stdin is not None
-        with suppress(BrokenPipeError):  # it ended at once: `watch` sees that
-            member.stdin.write(self._text.encode())
-            member.stdin.close()
-        return member
+        inherited = [meeting.fileno()] if rank == 0 else []
+        if rank == 0 and READY_FD_VARIABLE in environment:
+            inherited.append(int(environment[READY_FD_VARIABLE]))
+        return start_server(self._text, environment, inherited)
 
     def watch(self) -> int:
         """Wait for the leader's end, or any other's before it; return the exit code."""

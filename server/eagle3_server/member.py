@@ -1,4 +1,4 @@
-"""One process of a group that `launch` started: settings come through stdin."""
+"""A server process that `start_server` started, or a rank of one: settings come through stdin."""
 
 from __future__ import annotations
 

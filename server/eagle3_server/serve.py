@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
 from dataclasses import replace
@@ -22,7 +21,9 @@ import uvicorn
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.allocator import give_back_freed_memory, keep_freed_memory
 from eagle3_server.app import create_app
-from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
+from eagle3_server.checking import check_settings
+from eagle3_server.children import tell_parent
+from eagle3_server.config import ServerSettings
 from eagle3_server.engine import Target, TargetDescription
 from eagle3_server.group import Group, GroupBroken, rank_here
 from eagle3_server.http_protocol import bounded
@@ -31,13 +32,13 @@ from eagle3_server.leading import LeadingTarget, follow
 from eagle3_server.listening import (
     allow_open_files,
     hold_unix,
-    is_loopback,
     listen_tcp,
     listen_unix,
     remove_unix,
 )
 from eagle3_server.loading import load_target
 from eagle3_server.logs import set_up_logging
+from eagle3_server.replicas import serve_replicas
 from eagle3_server.service import Service
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -53,8 +54,10 @@ def serve(settings: ServerSettings) -> int:
     Raises:
         InvalidRequest: settings that must not be served, such as a wide bind without a token.
     """
-    _check(settings)
+    check_settings(settings)
     set_up_logging(settings.log_format)
+    if settings.replicas is not None:
+        return serve_replicas(settings)
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         keep_freed_memory()
     if not sys.stderr.isatty():  # a log file or a container: bars would be thousands of lines
@@ -66,17 +69,21 @@ def serve(settings: ServerSettings) -> int:
         if rank > 0:
             _follow(settings)
     failures: list[BaseException] = []
+    fingerprint = ""
 
     def load() -> Target:
+        nonlocal fingerprint
         started = time.monotonic()
         target = _load(settings)
         give_back_freed_memory()
+        fingerprint = target.describe().fingerprint
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
         logger.info("warming up")
         return target
 
     def announce() -> None:
         logger.info("ready: trainers use %s", " or ".join(urls))
+        tell_parent(urls[0], fingerprint)
 
     def stop(error: BaseException) -> None:
         failures.append(error)
@@ -231,54 +238,6 @@ class _Server(uvicorn.Server):
             # What it would say of the tasks it interrupts is no news.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.was_terminated = True
-
-
-def _check(settings: ServerSettings) -> None:
-    """Refuse settings that are unsafe, or variables that nothing reads."""
-    if settings.model is None:
-        raise InvalidRequest(
-            "no model was named; give a hub id, a directory, or a .gguf file, as an argument or in "
-            "EAGLE3_MODEL"
-        )
-    if settings.tp > 1 and settings.cp > 1:
-        raise InvalidRequest(
-            f"--tp {settings.tp} and --cp {settings.cp} cannot be had together: choose --tp where "
-            "the weights do not fit a device, --cp where the sequences do not"
-        )
-    unknown = unknown_variables(os.environ)
-    if unknown:
-        raise InvalidRequest(
-            f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
-            f"unset or correct them (nearest: {', '.join(map(nearest_variable, unknown))})"
-        )
-    try:
-        has_tokens = bool(settings.tokens())
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidRequest(f"cannot read --token-file {settings.token_file}: {exc}") from exc
-    if settings.token_file is not None and not has_tokens:
-        raise InvalidRequest(f"--token-file {settings.token_file} holds no token; write one a line")
-    if settings.tls_certificate is not None:
-        if settings.unix_socket is not None:
-            raise InvalidRequest(
-                "--unix-socket and --tls-certificate cannot be had together: the Unix socket would "
-                "ask for TLS too; run one server for each, or leave one out"
-            )
-        try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(settings.tls_certificate, settings.tls_key)
-        except (OSError, ssl.SSLError) as exc:
-            raise InvalidRequest(
-                f"cannot use --tls-certificate {settings.tls_certificate} with --tls-key "
-                f"{settings.tls_key}: {exc}; give a PEM certificate chain and its unencrypted key"
-            ) from exc
-    elif settings.tls_key is not None:
-        raise InvalidRequest("--tls-key needs --tls-certificate, its PEM certificate chain")
-    if not (is_loopback(settings.host) or has_tokens or settings.insecure):
-        raise InvalidRequest(
-            f"--host {settings.host} lets other hosts in, and no token is set. Run\n"
-            "  export EAGLE3_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))')\n"
-            "and give trainers the same variable; or add --insecure on a network of your own"
-        )
 
 
 def _summary(target: TargetDescription, seconds: float) -> str:

@@ -1,0 +1,64 @@
+"""`check_settings`: what must not be served is refused before anything is loaded or bound."""
+
+from __future__ import annotations
+
+import os
+import ssl
+
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
+from eagle3_server.listening import is_loopback
+from eagle3_server.replicas import check_replicas
+
+
+def check_settings(settings: ServerSettings) -> None:
+    """Refuse settings that are unsafe or cannot be had together, and variables that nothing reads.
+
+    Raises:
+        InvalidRequest: it says what was expected and what to do.
+    """
+    if settings.model is None:
+        raise InvalidRequest(
+            "no model was named; give a hub id, a directory, or a .gguf file, as an argument or in "
+            "EAGLE3_MODEL"
+        )
+    if settings.tp > 1 and settings.cp > 1:
+        raise InvalidRequest(
+            f"--tp {settings.tp} and --cp {settings.cp} cannot be had together: choose --tp where "
+            "the weights do not fit a device, --cp where the sequences do not"
+        )
+    check_replicas(settings)
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        raise InvalidRequest(
+            f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
+            f"unset or correct them (nearest: {', '.join(map(nearest_variable, unknown))})"
+        )
+    try:
+        has_tokens = bool(settings.tokens())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"cannot read --token-file {settings.token_file}: {exc}") from exc
+    if settings.token_file is not None and not has_tokens:
+        raise InvalidRequest(f"--token-file {settings.token_file} holds no token; write one a line")
+    if settings.tls_certificate is not None:
+        if settings.unix_socket is not None:
+            raise InvalidRequest(
+                "--unix-socket and --tls-certificate cannot be had together: the Unix socket would "
+                "ask for TLS too; run one server for each, or leave one out"
+            )
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except (OSError, ssl.SSLError) as exc:
+            raise InvalidRequest(
+                f"cannot use --tls-certificate {settings.tls_certificate} with --tls-key "
+                f"{settings.tls_key}: {exc}; give a PEM certificate chain and its unencrypted key"
+            ) from exc
+    elif settings.tls_key is not None:
+        raise InvalidRequest("--tls-key needs --tls-certificate, its PEM certificate chain")
+    if not (is_loopback(settings.host) or has_tokens or settings.insecure):
+        raise InvalidRequest(
+            f"--host {settings.host} lets other hosts in, and no token is set. Run\n"
+            "  export EAGLE3_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))')\n"
+            "and give trainers the same variable; or add --insecure on a network of your own"
+        )
