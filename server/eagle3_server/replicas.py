@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FrameType
+from typing import Any
 
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
@@ -66,7 +68,8 @@ def check_replicas(settings: ServerSettings) -> None:
 def serve_replicas(settings: ServerSettings) -> int:
     """Serve with Ray until a signal; returns the process's exit code. In the main thread only.
 
-    SIGTERM and SIGINT drain every replica; a second one ends them at once.
+    SIGTERM and SIGINT drain every replica, and while Ray starts, end it when it has; a second one
+    ends them at once.
 
     Raises:
         InvalidRequest: Ray is missing, cannot be joined, or lacks devices.
@@ -75,11 +78,8 @@ def serve_replicas(settings: ServerSettings) -> int:
         signals = stack.enter_context(_Signals())
         stdout = sys.stdout
         stack.enter_context(redirect_stdout(_RaySays()))
-        try:
+        with signals.kept():
             cluster = stack.enter_context(ray_cluster(settings))
-        except SystemExit:  # of Ray's own handler, while it starts: nothing was served
-            return 0
-        signals.listen()  # Ray has put its own in place
         fleet = Fleet(settings, cluster, lambda urls: print(urls, file=stdout, flush=True))
         try:
             return fleet.serve(lambda: signals.count)
@@ -98,16 +98,33 @@ class _Signals:
         self._handlers = [(number, signal.getsignal(number)) for number in self._NUMBERS]
 
     def __enter__(self) -> _Signals:
-        self.listen()
+        for number in self._NUMBERS:
+            signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_exc: object) -> None:
         for number, handler in self._handlers:
             signal.signal(number, handler)
 
-    def listen(self) -> None:
-        for number in self._NUMBERS:
-            signal.signal(number, self._note)
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep these handlers, whatever a library puts in their place.
+
+        Ray's raise SystemExit wherever the main thread is: in a destructor, say, where Python
+        prints it and goes on, and the signal is lost.
+        """
+        install = signal.signal
+
+        def install_others(number: Any, handler: Any) -> Any:
+            if number in self._NUMBERS:
+                return signal.getsignal(number)
+            return install(number, handler)
+
+        signal.signal = install_others  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            signal.signal = install
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
