@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.replicas.conftest import PATIENCE_S, V, is_alive, two_free_ports, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -99,7 +98,7 @@ def test_a_cluster_is_joined_and_left_as_it_was(
         inputs, backend = batch_of(V, (12, 9, 5)), trainer(command.urls, token=None)
         check(backend.generate_batch(*inputs), inputs)
         # As the command has OMP_NUM_THREADS: Ray sets 1 in an actor of one CPU.
-        assert backend.model_info().num_threads == torch.get_num_threads() == 2
+        assert backend.model_info().num_threads == 2
         server = command.server_of(0)
         command.process.terminate()
         assert command.ended() == 0, command.said
