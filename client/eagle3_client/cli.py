@@ -65,6 +65,10 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="torch device [auto: cuda if there is one].")
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Layers on several devices: auto, balanced …, or JSON (a file, too)."),
+    ] = None,
     tp: Annotated[
         int | None, typer.Option(help="Processes, one a device, to shard the weights over [1].")
     ] = None,

@@ -66,7 +66,8 @@ def capture(
         source = runner.head_rows(head, result)
         del result  # frees the layers' outputs before the head runs
         loss_mask = job.loss_mask[:, :columns].to(runner.device)
-        tensors |= capture_rows(source, loss_mask, selected, of_head)
+        found = capture_rows(source, loss_mask, selected, of_head)
+        tensors |= {name: tensor.to(runner.device) for name, tensor in found.items()}
     if "position_mask" in job.outputs:
         whole = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=runner.device)
         whole[:, :columns] = shift_left_with_zero(tensors["position_mask"])
@@ -89,12 +90,15 @@ def capture_rows(
         outputs: names of `HEAD_OUTPUTS`.
 
     Returns:
-        The outputs: `position_mask` as [B, T] bool, unshifted, the others as `CaptureResponse`
-        lists them.
+        The outputs, on the device of the head: `position_mask` as [B, T] bool, unshifted, the
+        others as `CaptureResponse` lists them.
 
     Raises:
         TargetFailed: logits that are not finite, with their position.
     """
+    loss_mask = loss_mask.to(source.device)
+    if selected is not None:
+        selected = selected[0].to(source.device), selected[1].to(source.device)
     supervised = loss_mask.clone()
     supervised[:, 0] = False  # no position precedes it
     positions = supervised.flatten().nonzero().squeeze(1)

@@ -49,6 +49,10 @@ class ServerSettings(BaseSettings):
     equality with a co-located target of another dtype."""
     device: str = "auto"
     """torch device; auto is cuda if there is one. Who has several GPUs: cuda:1."""
+    device_map: str | None = None
+    """Lay the layers on several devices of this process: auto, balanced, balanced_low_0,
+    sequential, or a JSON object of module names and devices, or a file with one. Who serves a
+    target larger than a GPU whose family --tp cannot shard, or has no NCCL."""
     tp: Annotated[int, Field(ge=1)] = 1
     """Processes, one a device, that the weights are sharded over. Who serves a target larger than a
     device."""

@@ -8,6 +8,7 @@ import json
 from torch import nn
 
 from eagle3_schemas.tensors import byte_view, flat_bytes
+from eagle3_server.placement import state_of
 from eagle3_server.sharding import whole
 
 _SAMPLE_BYTES = 64 * 1024
@@ -64,7 +65,7 @@ def weights_digest(model: nn.Module) -> str:
         32 hex digits.
     """
     digest = hashlib.sha256(b"eagle3-weights-v1\0")
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in state_of(model):
         digest.update(f"{name}\0{list(tensor.shape)}\0{tensor.dtype}\0".encode())
         data = flat_bytes(whole(tensor.detach()))
         spare = max(data.numel() - _SAMPLE_BYTES, 0)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform, pad_rows
 from eagle3_server.layout import max_sequence_length, text_config
+from eagle3_server.placement import device_of, is_offloaded, weights_of
 from eagle3_server.sharding import is_sharded, whole
 
 _CPU_TILE_BYTES = 4 * 1024 * 1024  # stays in the cache between the matmul and the reductions
@@ -59,6 +60,7 @@ class RowsHead:
         vocab_size: V, the width of the logits.
         chunk_rows: rows taken through the head at once, a multiple of 16.
         tile_bytes: memory that a tile's logits may take; None takes all ids at once.
+        device: where the head computes, and its rows must lie.
     """
 
     module: nn.Module
@@ -66,6 +68,7 @@ class RowsHead:
     vocab_size: int
     chunk_rows: int
     tile_bytes: int | None
+    device: torch.device
 
     @classmethod
     def find(cls, model: nn.Module, forward: Forward, chunk_bytes: int) -> RowsHead:
@@ -99,16 +102,18 @@ class RowsHead:
                 "its forward does not call the output embeddings once on [B, T, H]"
             )
         head_input, head_output = seen[0]
+        logits = logits.to(head_output.device)  # accelerate gives them where the ids were
         transform = _find_transform(model, head_output, logits)
         itemsize = max(logits.element_size(), head_output.element_size())
         tile_bytes, ids, most_rows = None, logits.shape[-1], chunk_bytes
         is_whole = _is_plain_linear(module) and not is_sharded(module.weight)  # type: ignore[arg-type]
-        if is_whole and head_input.device.type == "cpu":
+        if is_whole and not is_offloaded(module) and head_output.device.type == "cpu":
             tile_bytes = min(chunk_bytes, _CPU_TILE_BYTES)
             ids, most_rows = _MIN_TILE_IDS, _CPU_CHUNK_ROWS
         rows = min(chunk_bytes // (itemsize * ids), most_rows)
         chunk_rows = max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-        found = cls(module, transform, logits.shape[-1], chunk_rows, tile_bytes)
+        device = head_output.device
+        found = cls(module, transform, logits.shape[-1], chunk_rows, tile_bytes, device)
         found._prove(forward, input_ids, attention_mask, head_input, logits)
         return found
 
@@ -128,7 +133,7 @@ class RowsHead:
             raise HeadUnsupported(f"its forward fails with a cut head: {exc}") from exc
         if cut.shape[1] != 1 or len(inputs) != 1 or not torch.equal(inputs[0], head_input):
             raise HeadUnsupported("a forward with a cut head is not the same forward")
-        rows = head_input.flatten(0, 1)
+        rows = head_input.flatten(0, 1).to(self.device)
         for count in (1, 17, rows.shape[0]):
             expected = logits.flatten(0, 1)[:count]
             got = torch.cat([tile for _, tile in self.tiles(rows[:count])], dim=-1)
@@ -150,7 +155,7 @@ class RowsHead:
         matmul over all rows, and the tile is still in the cache when it is reduced.
 
         Args:
-            head_input: [N, H], N up to `chunk_rows`.
+            head_input: [N, H] on the head's device, N up to `chunk_rows`.
 
         Yields:
             The first id of a tile, and the logits [N, ids in the tile].
@@ -180,9 +185,11 @@ class RowsHead:
         """
         if not self.is_plain_linear:
             raise HeadUnsupported("the head is not a plain unquantised linear")
-        weight, bias = self.module.weight, self.module.bias
-        rows = whole(weight.detach()).index_select(0, selected_token_ids)  # type: ignore[operator]
-        return rows, None if bias is None else whole(bias.detach())[selected_token_ids]  # type: ignore[operator]
+        ids = selected_token_ids.to(self.device)
+        with weights_of(self.module):
+            weight, bias = self.module.weight, self.module.bias
+            rows = whole(weight.detach()).index_select(0, ids)  # type: ignore[operator]
+            return rows, None if bias is None else whole(bias.detach())[ids]  # type: ignore[operator]
 
     @property
     def is_plain_linear(self) -> bool:
@@ -199,12 +206,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def probe_batch(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fixed input_ids and attention_mask [2, <= 33] on the model's device."""
-    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    """Return fixed input_ids and attention_mask [2, <= 33] where the model takes its inputs."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    weight: torch.Tensor = embeddings.weight
     generator = torch.Generator().manual_seed(0)
     count = min(weight.shape[0], int(getattr(text_config(model), "vocab_size", weight.shape[0])))
     length = min(33, max_sequence_length(model) or 33)
-    input_ids = torch.randint(count, (2, length), generator=generator).to(weight.device)
+    input_ids = torch.randint(count, (2, length), generator=generator).to(device_of(embeddings))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, length - 4 :] = 0
     return input_ids, attention_mask

@@ -14,6 +14,7 @@ from eagle3_schemas import tokenizer_digest
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
 from eagle3_server.group import Group, GroupBroken
+from eagle3_server.placement import DeviceMap, only_cpu, parse_device_map
 from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -35,6 +36,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     """
     if settings.model is None:
         raise InvalidRequest("no model was named; give a hub id, a directory, or a .gguf file")
+    device_map = _device_map(settings, group)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu")
         if settings.device == "auto"
@@ -42,8 +44,9 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     )
     if group is not None:
         device = group.device
+    is_cpu = device.type != "cuda" if device_map is None else only_cpu(device_map)
     dtype = (
-        (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        (torch.float32 if is_cpu else torch.bfloat16)
         if settings.dtype == "auto"
         else getattr(torch, settings.dtype)
     )
@@ -62,6 +65,8 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         if "gguf_file" in extra:
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
         extra["distributed_config"] = DistributedConfig(tp_size=group.size, tp_plan="auto")
+    if device_map is not None:
+        extra["device_map"] = device_map
     if settings.attn_implementation is not None:
         extra["attn_implementation"] = settings.attn_implementation
     try:
@@ -96,8 +101,10 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         "aux_layer_ids": settings.aux_layer_ids,
         "head_chunk_bytes": settings.head_chunk_bytes,
     }
+    if device_map is None:
+        model.to(device)
     try:
-        return TransformersTarget(model.to(device), **described)
+        return TransformersTarget(model, **described)
     except (RuntimeError, TypeError) as exc:
         # Of a sharded forward: torch has not the operation for DTensors, or the shapes do not meet.
         if group is None or isinstance(exc, GroupBroken):
@@ -106,6 +113,23 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             f"{type(model).__name__} does not run under transformers' plan for it ({exc!s:.300}). "
             "Try a --tp that divides its heads, or serve it without"
         ) from exc
+
+
+def _device_map(settings: ServerSettings, group: Group | None) -> DeviceMap | None:
+    """Return what the settings say of several devices; refuse what cannot go with it."""
+    if settings.device_map is None:
+        return None
+    if group is not None or settings.tp > 1:
+        raise InvalidRequest(
+            "--tp shards every layer over processes, and --device-map lays whole layers on the "
+            "devices of one: give one of them"
+        )
+    if settings.device != "auto":
+        raise InvalidRequest(
+            f"--device {settings.device} is for a target on one device; drop it, or say in "
+            "--device-map where each part lies"
+        )
+    return parse_device_map(settings.device_map)
 
 
 def _report_shards(model: Any, group: Group) -> None:
@@ -128,7 +152,7 @@ def _report_shards(model: Any, group: Group) -> None:
 
 def _tokenizer_digest(source: str, **where: Any) -> str | None:
     """Digest the checkpoint's tokenizer, if it has one; the target itself needs none."""
-    for name in ("attn_implementation", "distributed_config"):
+    for name in ("attn_implementation", "distributed_config", "device_map"):
         where.pop(name, None)
     try:
         return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))

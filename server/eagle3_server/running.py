@@ -23,7 +23,7 @@ class JobRunner:
 
     Attributes:
         model: the causal LM.
-        device: its device.
+        device: where it takes its inputs; of several devices, the one results are brought to.
         head: the rows-only head, or None.
         packing: how packed rows run when they must as a co-located trainer's.
         can_trim: whether trailing padding may be cut off.
@@ -81,13 +81,15 @@ class JobRunner:
                 None,
                 LogitsTransform(),
                 self.full_chunk_rows,
+                logits.device,
             )
-        head_input = result.head_input.flatten(0, 1)
+        head_input = result.head_input.flatten(0, 1).to(head.device)
         return HeadRows(
             lambda positions: head.tiles(head_input[positions]),
             head_input.__getitem__,
             head.transform,
             head.chunk_rows,
+            head.device,
         )
 
 
