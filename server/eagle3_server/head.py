@@ -23,6 +23,7 @@ from eagle3_server.sharding import is_sharded, whole
 
 _CPU_TILE_BYTES = 4 * 1024 * 1024  # stays in the cache between the matmul and the reductions
 _CPU_CHUNK_ROWS = 2048  # a matmul packs the weights anew: dear for few rows
+_SAME_HEAD = 1e-3  # relative: the same matmul, and no quantised activation comes so close
 _MIN_TILE_IDS = 64  # of fewer than 16 columns, matmuls take other kernels
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -61,6 +62,7 @@ class RowsHead:
         chunk_rows: rows taken through the head at once, a multiple of 16.
         tile_bytes: memory that a tile's logits may take; None takes all ids at once.
         device: where the head computes, and its rows must lie.
+        is_plain_linear: whether a trainer can rebuild logits from the head's rows (`hidden`).
     """
 
     module: nn.Module
@@ -69,6 +71,7 @@ class RowsHead:
     chunk_rows: int
     tile_bytes: int | None
     device: torch.device
+    is_plain_linear: bool
 
     @classmethod
     def find(cls, model: nn.Module, forward: Forward, chunk_bytes: int) -> RowsHead:
@@ -106,14 +109,16 @@ class RowsHead:
         transform = _find_transform(model, head_output, logits)
         itemsize = max(logits.element_size(), head_output.element_size())
         tile_bytes, ids, most_rows = None, logits.shape[-1], chunk_bytes
-        is_whole = _is_plain_linear(module) and not is_sharded(module.weight)  # type: ignore[arg-type]
+        is_plain = _is_plain_linear(module) and _is_its_weights(module, head_input, head_output)
+        is_whole = is_plain and not is_sharded(module.weight)  # type: ignore[arg-type]
         if is_whole and not is_offloaded(module) and head_output.device.type == "cpu":
             tile_bytes = min(chunk_bytes, _CPU_TILE_BYTES)
             ids, most_rows = _MIN_TILE_IDS, _CPU_CHUNK_ROWS
         rows = min(chunk_bytes // (itemsize * ids), most_rows)
         chunk_rows = max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
         device = head_output.device
-        found = cls(module, transform, logits.shape[-1], chunk_rows, tile_bytes, device)
+        width = logits.shape[-1]
+        found = cls(module, transform, width, chunk_rows, tile_bytes, device, is_plain)
         found._prove(forward, input_ids, attention_mask, head_input, logits)
         return found
 
@@ -191,11 +196,6 @@ class RowsHead:
             rows = whole(weight.detach()).index_select(0, ids)  # type: ignore[operator]
             return rows, None if bias is None else whole(bias.detach())[ids]  # type: ignore[operator]
 
-    @property
-    def is_plain_linear(self) -> bool:
-        """Whether a trainer can rebuild logits from the head's rows (encoding `hidden`)."""
-        return _is_plain_linear(self.module)
-
 
 def _is_plain_linear(module: nn.Module) -> bool:
     return (
@@ -203,6 +203,19 @@ def _is_plain_linear(module: nn.Module) -> bool:
         and module.weight.is_floating_point()
         and (type(module.weight.data) is torch.Tensor or is_sharded(module.weight.data))
     )
+
+
+def _is_its_weights(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether a head gives what its weights say.
+
+    Packages that quantise may leave the class, and replace a module's forward.
+    """
+    if is_sharded(module.weight):  # type: ignore[arg-type]
+        return True
+    with torch.no_grad(), weights_of(module):
+        expected = linear(given.to(output.device), module.weight, module.bias)  # type: ignore[arg-type]
+    error = (output.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
+    return float(error) <= _SAME_HEAD
 
 
 def probe_batch(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
 from eagle3_server.group import Group, GroupBroken
 from eagle3_server.placement import DeviceMap, only_cpu, parse_device_map
+from eagle3_server.quantization import check_checkpoint, quantization_config
 from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -64,9 +65,20 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     if group is not None:
         if "gguf_file" in extra:
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
+        if settings.quantization is not None:
+            raise InvalidRequest(
+                f"weights quantised by --quantization {settings.quantization} cannot be sharded; "
+                "serve them without --tp, or lay the layers on several devices (--device-map)"
+            )
         extra["distributed_config"] = DistributedConfig(tp_size=group.size, tp_plan="auto")
-    if device_map is not None:
-        extra["device_map"] = device_map
+    if settings.quantization is not None:
+        if "gguf_file" in extra:
+            raise InvalidRequest(
+                "a .gguf file is quantised already, and transformers expands it to --dtype; serve "
+                f"it without --quantization {settings.quantization}, or quantise the checkpoint "
+                "that it was made of"
+            )
+        extra["quantization_config"] = quantization_config(settings.quantization, dtype)
     if settings.attn_implementation is not None:
         extra["attn_implementation"] = settings.attn_implementation
     try:
@@ -74,8 +86,15 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             "revision": settings.revision or "main",
             "trust_remote_code": settings.trust_remote_code,
         }
+        is_quantized = settings.quantization is not None
         if auto_class is None:
-            auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **where))
+            config = transformers.AutoConfig.from_pretrained(source, **where)
+            auto_class = _auto_class(config)
+            is_quantized |= check_checkpoint(config, settings.quantization)
+        if device_map is None and is_quantized and group is None:
+            device_map = {"": str(device)}  # such weights are put in place as they are read
+        if device_map is not None:
+            extra["device_map"] = device_map
         model, report = auto_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **where, **extra
         )
@@ -97,7 +116,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         "model_id": settings.model_name
         or (Path(settings.model).name if Path(settings.model).exists() else settings.model),
         "revision": settings.revision,
-        "tokenizer_digest": _tokenizer_digest(source, **where, **extra),
+        "tokenizer_digest": _tokenizer_digest(source, extra.get("gguf_file"), **where),
         "aux_layer_ids": settings.aux_layer_ids,
         "head_chunk_bytes": settings.head_chunk_bytes,
     }
@@ -150,10 +169,10 @@ def _report_shards(model: Any, group: Group) -> None:
         )
 
 
-def _tokenizer_digest(source: str, **where: Any) -> str | None:
+def _tokenizer_digest(source: str, gguf_file: str | None, **where: Any) -> str | None:
     """Digest the checkpoint's tokenizer, if it has one; the target itself needs none."""
-    for name in ("attn_implementation", "distributed_config", "device_map"):
-        where.pop(name, None)
+    if gguf_file is not None:
+        where["gguf_file"] = gguf_file
     try:
         return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))
     except Exception as exc:  # no such files, an unknown class, a missing package: all in words

@@ -56,7 +56,8 @@ class JobRunner:
         if job.seq_lens is None:
             mask = job.attention_mask[:, :columns].to(self.device)
             return forward_with_aux(self.model, input_ids, mask, layer_ids, to_cut)
-        packing = self.packing if job.exact else self.packing.by_document()
+        whole = job.exact or not self.can_trim
+        packing = self.packing if whole else self.packing.by_document()
         return forward_packed(self.model, packing, input_ids, job.seq_lens, layer_ids, to_cut)
 
     def needs_full_head(self, job: Job) -> bool:

@@ -36,15 +36,15 @@ from eagle3_server.engine import (
 from eagle3_server.final_norm import Found, find_final_norm
 from eagle3_server.fingerprint import (
     config_digest,
-    quantization_of,
     target_fingerprint,
     weights_digest,
 )
 from eagle3_server.forward import forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
-from eagle3_server.layout import decoder_layers, max_sequence_length, positions_depend_on_length
+from eagle3_server.layout import decoder_layers, max_sequence_length
 from eagle3_server.packing import find_packing
 from eagle3_server.placement import device_of, devices_of, weights_of
+from eagle3_server.quantization import quantization_of, why_not_to_trim
 from eagle3_server.running import JobRunner, aux_names, check_finite
 from eagle3_server.sharding import is_sharded, whole
 from eagle3_server.supervise import supervise_rows
@@ -108,12 +108,15 @@ class TransformersTarget:
         packing = find_packing(model)
         if packing.reason is not None:
             logger.info("packed documents run as rows of their own: %s", packing.reason)
+        untrimmed = why_not_to_trim(model)
+        if untrimmed is not None:
+            logger.info("trailing padding is computed: %s", untrimmed)
         self._runner = JobRunner(
             model=model,
             device=self._device,
             head=self._head,
             packing=packing,
-            can_trim=not positions_depend_on_length(model),
+            can_trim=untrimmed is None,
             full_chunk_rows=max(head_chunk_bytes // (4 * vocab_size), 1),
         )
         between = Found(False, False, None, head_reason)
