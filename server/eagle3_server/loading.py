@@ -15,7 +15,7 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
 from eagle3_server.group import Group, GroupBroken
 from eagle3_server.placement import DeviceMap, only_cpu, parse_device_map
-from eagle3_server.quantization import check_checkpoint, quantization_config
+from eagle3_server.quantization import check_checkpoint, check_share, quantization_config
 from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -111,6 +111,8 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         )
     if group is not None:
         _report_shards(model, group)
+    if settings.quantization is not None:
+        check_share(model, settings.quantization)
     described: dict[str, Any] = {
         # A directory's name, not its path: paths of the server's disk are nobody's business.
         "model_id": settings.model_name

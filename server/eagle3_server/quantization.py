@@ -22,6 +22,8 @@ _PACKAGES: Final = {  # transformers' names of methods -> package to import, ext
     "torchao": ("torchao", "torchao"),
     "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
 }
+logger = logging.getLogger(__name__)
+
 _SAME = {torch.float32: 1e-4}  # largest relative difference that is rounding
 _SAME_HALF = 2e-2
 
@@ -81,6 +83,43 @@ def quantization_of(model: nn.Module) -> str | None:
     """Return how a model's weights are quantised, in words, or None."""
     own = _as_dict(getattr(model.config, "quantization_config", None))
     return _in_words(own) if own else None
+
+
+def quantised_share(model: nn.Module) -> float:
+    """Return how much of the decoder layers' weights is quantised, 0 to 1.
+
+    Packages reach linear layers; experts that transformers keeps in one tensor, and linear layers
+    of a class of their own (Falcon), they leave as they are, without a word.
+    """
+    quantised, plain = 0, 0
+    for parameter in (p for layer in decoder_layers(model) for p in layer.parameters()):
+        if parameter.dtype is torch.uint8:  # two to a byte
+            quantised += 2 * parameter.numel()
+        elif parameter.dtype is torch.int8 or hasattr(parameter.data, "__tensor_flatten__"):
+            quantised += parameter.numel()
+        else:
+            plain += parameter.numel()
+    return quantised / max(quantised + plain, 1)
+
+
+def check_share(model: nn.Module, name: Quantization) -> None:
+    """Warn if a quantisation at load left most of the weights as they were.
+
+    Raises:
+        InvalidRequest: it left all of them.
+    """
+    share, kind = quantised_share(model), type(model).__name__
+    if share == 0:
+        raise InvalidRequest(
+            f"--quantization {name} reaches none of {kind}'s layers, which have linear modules of "
+            "their own or none; serve it without"
+        )
+    logger.info("%s: %.0f %% of the layers' weights are quantised", name, 100 * share)
+    if share < 0.5:
+        logger.warning(
+            "--quantization %s reaches %.0f %% of %s's layers alone: the rest, such as experts in "
+            "one tensor, takes the memory it took", name, 100 * share, kind,
+        )  # fmt: skip
 
 
 def why_not_to_trim(model: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from tests.families.checks import Case, Difference
 from tests.families.configs import FAMILIES, Family, H, L, V
 from tests.families.full_path import USED, B, D, T, make_job
+from tests.families.quantised import FORM, in_four_bits
 from tests.parallel.families_in_two import measure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "model-coverage.md"
@@ -71,6 +72,12 @@ a random transformers model ({L} layers, H {H}, V {V}; a batch of [{B}, {T}] tok
   Asserted: ≤ {TENSOR_PARALLEL.probs:g} / {TENSOR_PARALLEL.aux:g}. `none`: transformers has no plan;
   `fails`: its forward does not run under it; both are refused at load. `head alone`: the plan does
   not reach into this config's layers, which every rank then holds whole.
+- **Quantised**: loaded with `--quantization {FORM}`, float32 besides, against the full path of the
+  same quantised model on another copy: `equal` if, with `exact=True` every layer's aux states, the
+  masks and `target_probs` are its bits. Then how much of the layers' weights the 4 bits reach:
+  experts that transformers keeps in one tensor, convolutions and the like stay as they are.
+  `refused`: they reach none (Falcon's linear layers are of a class of their own). All encodings are
+  offered unless the cell says which.
 
 A loss mask that is 1 on padding further than a sliding window from any attended token asks for the
 logits of a token with nothing to attend to. They depend on the padded width (Gemma2: 1e-3 of
@@ -80,8 +87,8 @@ Multimodal classes (`…ForConditionalGeneration`) are run on text alone. Gemma 
 its layers carry four streams, and none of them is the hidden state that EAGLE-3 reads.
 
 | family | class | head | after the head | encodings | layer oracle | exact fp32 | exact bf16 | \
-default fp32 | default bf16 | two ranks |
-|---|---|---|---|---|---|---|---|---|---|---|
+default fp32 | default bf16 | two ranks | quantised |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -121,6 +128,7 @@ def _row(family: Family, sharded: dict[str, Any]) -> str:
         *(_exact(case) for case in cases),
         *(_difference(case) for case in cases),
         _sharded(sharded),
+        in_four_bits(family),
     ]
     return f"| {' | '.join(cells)} |\n"
 

@@ -44,8 +44,9 @@ def save_compressed(plain: Path, path: Path, activations: str, *, with_head: boo
     path.mkdir()
     weights = load_file(plain / "model.safetensors")
     for name in [n for n in weights if n.endswith("proj.weight") or (with_head and "lm_" in n)]:
-        scale = weights[name].abs().amax(1, keepdim=True) / 127
-        weights[name] = (weights[name] / scale).round().to(torch.int8)
+        weight = weights[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        weights[name] = (weight / scale).round().to(torch.int8)
         weights[f"{name}_scale"] = scale
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     part = {"num_bits": 8, "type": "int", "symmetric": True}

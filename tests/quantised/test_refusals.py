@@ -97,3 +97,22 @@ def test_a_checkpoint_that_needs_a_missing_package_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InvalidRequest, match=rf"pip install .eagle3-remote\[server,{method}\]"):
         load_target(ServerSettings(model=str(path)))
+
+
+@pytest.mark.slow
+def test_a_quantisation_that_reaches_nothing_is_refused(tmp_path: Path, build_model: Any) -> None:
+    """Falcon's linear layers are of a class of their own, which bitsandbytes passes by."""
+    build_model("falcon").save_pretrained(tmp_path)
+    with pytest.raises(InvalidRequest, match=r"bnb-nf4 reaches none of FalconForCausalLM's layers"):
+        load_target(ServerSettings(model=str(tmp_path), device="cpu", quantization="bnb-nf4"))
+
+
+@pytest.mark.slow
+def test_a_quantisation_that_reaches_little_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.families.configs import FAMILIES
+
+    next(f for f in FAMILIES if f.name == "Mixtral").build(torch.float32).save_pretrained(tmp_path)
+    load_target(ServerSettings(model=str(tmp_path), device="cpu", quantization="bnb-nf4"))
+    assert "bnb-nf4 reaches 14 % of MixtralForCausalLM's layers alone" in caplog.text

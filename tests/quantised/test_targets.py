@@ -95,7 +95,7 @@ def test_default_mode_is_exact_but_for_rounding(
 
 
 def test_targets_whose_activations_are_quantised_are_not_trimmed(target: Any, form: str) -> None:
-    quantises_activations = "int8" in form and "bnb" in form or "dynamic" in form
+    quantises_activations = ("int8" in form and "bnb" in form) or "dynamic" in form
     quantises_activations |= form.startswith("compressed")
     assert target._runner.can_trim is not quantises_activations
 
