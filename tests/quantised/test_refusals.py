@@ -54,7 +54,6 @@ def test_a_quantised_checkpoint_is_not_quantised_again(
     checkpoint: Path, tmp_path: Path, config: dict[str, Any], words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     settings = ServerSettings(
         model=str(quantised(checkpoint, tmp_path / "q", **config)), quantization="bnb-int8"
     )
