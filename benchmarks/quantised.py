@@ -1,8 +1,9 @@
 """What a quantised target changes on the real SmolLM2-135M-Instruct, and in a draft trained on it.
 
-One small draft is trained on each target with the same seed and batches, and evaluated on held-out
-text with its own target's supervision and with the float32 target's. Run as ``python
-benchmarks/quantised.py`` with bitsandbytes and torchao installed.
+The table goes between the markers in ``docs/scaling.md``. One small draft is trained on each target
+with the same seed and batches, and then evaluated on held-out text with the float32 target's
+supervision. Run as ``python benchmarks/quantised.py`` with bitsandbytes, torchao and
+compressed-tensors installed; ten minutes on two idle cores.
 
 SmolLM2's weights come from a Q4_1 GGUF file, so they lie on a 4-bit grid of their own already:
 float32 here is that file expanded, not the model as it was trained.
@@ -20,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, add_output_options, markdown_table, provenance, publish
+from common import (
+    REPOSITORY,
+    add_output_options,
+    caption,
+    insert,
+    markdown_table,
+    provenance,
+    publish,
+)
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -44,6 +53,7 @@ from training import evaluate, make_trainer, train
 sys.path.insert(0, str(REPOSITORY))  # a checkpoint as compressed-tensors lays it is a test's too
 from tests.quantised.checkpoints import save_compressed
 
+BEGIN, END = "<!-- quantised: begin, generated -->", "<!-- quantised: end -->"
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -117,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": time.perf_counter() - started,
         }
         print(name, {k: v for k, v in results["targets"][name].items() if k != "losses"})
-    publish(arguments.out, "quantised", "Quantised targets", results, tables(results, arguments))
+    parts = tables(results, arguments)
+    publish(arguments.out, "quantised", "Quantised targets", results, parts)
+    insert(arguments.docs, "\n\n".join([caption(made), *parts]), BEGIN, END)
     return 0
 
 
@@ -248,6 +260,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_output_options(parser)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="SmolLM2's checkpoint directory, else it is downloaded")
+    add("--docs", type=Path, default=REPOSITORY / "docs" / "scaling.md", help="gets the table")
     add("--scratch", type=Path, default=REPOSITORY / ".cache" / "quantised")
     add("--steps", type=int, default=40)
     add("--test-batches", type=int, default=4)
