@@ -56,12 +56,12 @@ from tests.quantised.checkpoints import save_compressed
 BEGIN, END = "<!-- quantised: begin, generated -->", "<!-- quantised: end -->"
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
     "bnb-nf4": {"dtype": "float32", "quantization": "bnb-nf4"},
     "bnb-int8": {"dtype": "float32", "quantization": "bnb-int8"},
     "torchao-int8": {"dtype": "float32", "quantization": "torchao-int8"},
     "compressed-tensors w8a8": {"dtype": "float32"},  # a checkpoint of its own
     "gguf": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
 }
 
 
@@ -126,9 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             **padding(local, others, vocab, sizes),
             "seconds": time.perf_counter() - started,
         }
-        print(name, {k: v for k, v in results["targets"][name].items() if k != "losses"})
-    parts = tables(results, arguments)
-    publish(arguments.out, "quantised", "Quantised targets", results, parts)
+        parts = tables(results, arguments)  # after each: what follows may fail, or take too long
+        publish(arguments.out, "quantised", "Quantised targets", results, parts)
     insert(arguments.docs, "\n\n".join([caption(made), *parts]), BEGIN, END)
     return 0
 
