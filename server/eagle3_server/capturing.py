@@ -66,8 +66,7 @@ def capture(
         source = runner.head_rows(head, result)
         del result  # frees the layers' outputs before the head runs
         loss_mask = job.loss_mask[:, :columns].to(runner.device)
-        found = capture_rows(source, loss_mask, selected, of_head)
-        tensors |= {name: tensor.to(runner.device) for name, tensor in found.items()}
+        tensors |= capture_rows(source, loss_mask, selected, of_head)
     if "position_mask" in job.outputs:
         whole = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=runner.device)
         whole[:, :columns] = shift_left_with_zero(tensors["position_mask"])
