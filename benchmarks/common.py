@@ -192,6 +192,16 @@ def publish(out: Path, name: str, title: str, results: dict[str, Any], parts: li
     (out / f"{name}.md").write_text(f"# {title}\n\n{text}\n", encoding="utf-8")
 
 
+def insert(page: Path, block: str, begin: str, end: str) -> None:
+    """Replace what stands between the markers of a page."""
+    text = page.read_text(encoding="utf-8")
+    head, _, rest = text.partition(begin)
+    _, marker, tail = rest.partition(end)
+    if not marker:
+        raise SystemExit(f"{page.name} lacks the markers {begin} and {end}")
+    page.write_text(f"{head}{begin}\n\n{block}\n\n{end}{tail}", encoding="utf-8")
+
+
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

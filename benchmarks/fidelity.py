@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import REPOSITORY, RESULTS, caption, markdown_table, provenance, served, write_json
+from common import (
+    REPOSITORY,
+    RESULTS,
+    caption,
+    insert,
+    markdown_table,
+    provenance,
+    served,
+    write_json,
+)
 from draft_step import cosine, gradients, start_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     block = report(results, arguments)
     print(block)
     write_json(arguments.results, results)
-    insert(arguments.docs, block)
+    insert(arguments.docs, block, BEGIN, END)
     return 0
 
 
@@ -261,16 +270,6 @@ def number(value: float) -> str:
 
 def cosine_text(value: float) -> str:
     return "1" if value == 1.0 else f"1 - {1 - value:.1e}"
-
-
-def insert(page: Path, block: str) -> None:
-    """Replace what stands between the markers of a page."""
-    text = page.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, marker, tail = rest.partition(END)
-    if not marker:
-        raise SystemExit(f"{page.name} lacks the markers {BEGIN} and {END}")
-    page.write_text(f"{head}{BEGIN}\n\n{block}\n\n{END}{tail}", encoding="utf-8")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,6 +27,7 @@ from common import (
     served,
 )
 from gpu_report import Shape, tables, verdicts
+from gpu_two import two_gpus
 from head_model import Vocab, colocated, covering_vocab
 from simulated import rebuild_elsewhere
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,6 +41,7 @@ from eagle3_server.engine import SupervisionJob
 from text import TokenBatch
 
 QUICK = Shape(64, 128, 8, 4, 2, 1000, 300, 2, 64, 3)
+SMALL = Shape(1024, 2816, 8, 8, 4, 32000, 8000, 2, 512, 1)  # beside the large one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "peak_mib": peaks(target, model, vocab, batch, device),
         "copy_gb_s": copy_rates(device, 1 << (20 if arguments.quick else 28)),
         "equality": equality(target, model, vocab, batch, device),
+        "two_gpus": two_gpus(
+            lambda at: make_model(SMALL, at),
+            lambda target, **how: job_of(make_batch(SMALL), small_vocab(), target, **how),
+            DraftVocab.from_ids(*small_vocab()),
+        ),
     }
     results["verdicts"] = verdicts(results["seconds"], shape)
     publish(arguments.out, "gpu", f"On one {card}", results, tables(results, shape))
@@ -86,6 +93,14 @@ def make_model(shape: Shape, device: torch.device) -> LlamaForCausalLM:
     )
     with device:
         return LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def small_vocab() -> Vocab:
+    """Return a draft vocab of the small shape."""
+    ids = torch.arange(SMALL.draft_vocab_size)
+    mask = torch.zeros(SMALL.vocab_size, dtype=torch.bool)
+    mask[ids] = True
+    return ids, mask
 
 
 def make_batch(shape: Shape) -> TokenBatch:

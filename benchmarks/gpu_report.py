@@ -72,6 +72,8 @@ def tables(results: dict[str, Any], shape: Shape) -> list[str]:
         markdown_table(["copy", "GB/s"], copies),
         "Served and rebuilt on the same card, against the co-located path, one row of the batch:",
         markdown_table([*header, "largest difference", "repeats bit-equal"], equal),
+        "Layers on two GPUs (`--device-map`) against one, a smaller model:",
+        markdown_table(["result", "found"], [[*pair] for pair in results["two_gpus"].items()]),
         markdown_table(["what", "measured", "target", ""], results["verdicts"]),
     ]
 

@@ -106,7 +106,7 @@ def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build_model() -> Callable[..., nn.Module]:
     """`build_model(family, dtype, seed)`: a model of the test's own, to change as it likes."""
     return _build_model

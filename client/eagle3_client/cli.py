@@ -65,6 +65,14 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="torch device [auto: cuda if there is one].")
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Layers on several devices: auto, balanced …, or JSON (a file, too)."),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Quantise while loading: bnb-nf4, bnb-int8 or torchao-int8 [no]."),
+    ] = None,
     tp: Annotated[
         int | None, typer.Option(help="Processes, one a device, to shard the weights over [1].")
     ] = None,

@@ -153,7 +153,7 @@ class ModelInfo(Message):
     weights_digest: str | None = None
     """Its parts, so that two servers' difference has a name."""
     quantization: str | None = None
-    """Method of quantization of the weights, as the checkpoint's config names it, or None."""
+    """How the weights are quantised, such as `bitsandbytes nf4`, or None."""
     tokenizer_digest: str | None = None
     """`eagle3_schemas.tokenizer_digest` of the checkpoint's tokenizer; None if it has none."""
     num_hidden_layers: Count

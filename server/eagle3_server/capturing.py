@@ -100,12 +100,15 @@ def capture_rows(
         share: as in `supervise_rows`.
 
     Returns:
-        The outputs: `position_mask` as [B, T] bool, unshifted, the others as `CaptureResponse`
-        lists them.
+        The outputs, on the device of the head: `position_mask` as [B, T] bool, unshifted, the
+        others as `CaptureResponse` lists them.
 
     Raises:
         TargetFailed: logits that are not finite, with their position.
     """
+    loss_mask = loss_mask.to(source.device)
+    if selected is not None:
+        selected = selected[0].to(source.device), selected[1].to(source.device)
     supervised = loss_mask.clone()
     supervised[:, 0] = False  # no position precedes it
     positions = share_of(supervised, share)

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from eagle3_schemas.errors import InvalidRequest
 
+Quantization = Literal["bnb-nf4", "bnb-int8", "torchao-int8"]
+
 _CLIENT_VARIABLES = frozenset({"EAGLE3_URLS"})
 
 
@@ -49,6 +51,13 @@ class ServerSettings(BaseSettings):
     equality with a co-located target of another dtype."""
     device: str = "auto"
     """torch device; auto is cuda if there is one. Who has several GPUs: cuda:1."""
+    device_map: str | None = None
+    """Lay the layers on several devices of this process: auto, balanced, balanced_low_0,
+    sequential, or a JSON object of module names and devices, or a file with one. Who serves a
+    target larger than a GPU whose family --tp cannot shard, or has no NCCL."""
+    quantization: Quantization | None = None
+    """Quantise the weights while loading: bnb-nf4 (4 bits), bnb-int8 or torchao-int8. Who has not
+    the memory for the checkpoint's own dtype; docs/scaling.md says what it costs."""
     tp: Annotated[int, Field(ge=1)] = 1
     """Processes, one a device, that the weights are sharded over. Who serves a target larger than a
     device."""

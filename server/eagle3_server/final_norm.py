@@ -13,6 +13,7 @@ from torch import nn
 from eagle3_schemas.target_head import FinalNorm, NormForm
 from eagle3_server.head import RowsHead, cut_head, probe_batch
 from eagle3_server.layout import decoder_layers
+from eagle3_server.placement import device_of, weights_of
 
 _SAME = {torch.float32: 1e-5}  # largest relative difference of a form to the model's own norm
 _SAME_HALF = 1e-2
@@ -102,10 +103,14 @@ def _closest(module: nn.Module, given: torch.Tensor) -> tuple[float, FinalNorm |
 
     On inputs as they are, and far smaller ones: beside those of a forward no eps would show.
     """
+    if any(True for _ in module.parameters(recurse=False)):
+        given = given.to(device_of(module))
     with torch.no_grad():
         probes = [given * scale for scale in (1.0, 1e-2, 1e-4)]
         results = [module(probe) for probe in probes]
         best: tuple[float, FinalNorm | None] = float("inf"), None
+    # After its calls, each of which sends offloaded weights away again.
+    with torch.no_grad(), weights_of(module):
         for form in _forms(module):
             errors = [_error(form, *pair) for pair in zip(probes, results, strict=True)]
             if max(errors) < best[0]:  # the first of equals, the plainest

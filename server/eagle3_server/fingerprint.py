@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 
+import torch
 from torch import nn
 
 from eagle3_schemas.tensors import byte_view, flat_bytes
+from eagle3_server.placement import state_of
 from eagle3_server.sharding import whole
 
 _SAMPLE_BYTES = 64 * 1024
@@ -45,15 +47,6 @@ def config_digest(model: nn.Module) -> str:
     return hashlib.sha256(b"eagle3-config-v1\0" + text).hexdigest()[:32]
 
 
-def quantization_of(model: nn.Module) -> str | None:
-    """Return the method by which the checkpoint's weights are quantized, or None."""
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return None
-    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
-    return str(getattr(method, "value", method))
-
-
 def weights_digest(model: nn.Module) -> str:
     """Digest names, shapes, dtypes and 64 KiB of every tensor of a model's state.
 
@@ -64,11 +57,20 @@ def weights_digest(model: nn.Module) -> str:
         32 hex digits.
     """
     digest = hashlib.sha256(b"eagle3-weights-v1\0")
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in state_of(model):
         digest.update(f"{name}\0{list(tensor.shape)}\0{tensor.dtype}\0".encode())
-        data = flat_bytes(whole(tensor.detach()))
+        data = _bytes_of(whole(tensor.detach()))
         spare = max(data.numel() - _SAMPLE_BYTES, 0)
         # Spread by the name, so that the samples of 32 equal layers are not the same 32 rows.
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % (spare + 1)
         digest.update(byte_view(data[start : start + _SAMPLE_BYTES].to("cpu", copy=True)))
     return digest.hexdigest()[:32]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes [n] uint8; of one made of several (torchao's), all of theirs."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return flat_bytes(tensor)
+    names, _ = tensor.__tensor_flatten__()
+    parts = [_bytes_of(getattr(tensor, name)) for name in names]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)

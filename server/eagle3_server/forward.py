@@ -57,6 +57,8 @@ class ForwardResult:
     logits: torch.Tensor  # [B, T, V]; with a cut head [B, 1, V]
     head_input: torch.Tensor | None  # [B, T, H], with a cut head
 
+    # All on the device of `input_ids`, wherever the layers are.
+
     @property
     def aux_hidden_states(self) -> torch.Tensor:
         """The aux layers' outputs concatenated: a new [B, T, 3H]."""
@@ -167,8 +169,11 @@ def forward_with_aux(
                 f"input_ids {list(input_ids.shape)}, not [B, T, H]; its aux_hidden_states are "
                 "undefined, so this model cannot be a target"
             )
-    aux_states = tuple(captured[i] for i in aux_layer_ids)
-    result = ForwardResult(aux_states, logits, head_inputs[0] if head_inputs else None)
+    # A model on several devices leaves each layer's output where that layer is.
+    device = input_ids.device
+    aux_states = tuple(captured[i].to(device) for i in aux_layer_ids)
+    head_input = head_inputs[0].to(device) if head_inputs else None
+    result = ForwardResult(aux_states, logits.to(device), head_input)
     return result if context is None or past is None else result.gathered(context, length)
 
 

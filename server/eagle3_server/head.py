@@ -18,10 +18,12 @@ from torch.nn.functional import linear
 
 from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform, pad_rows
 from eagle3_server.layout import max_sequence_length, text_config
+from eagle3_server.placement import device_of, is_offloaded, weights_of
 from eagle3_server.sharding import is_sharded, whole
 
 _CPU_TILE_BYTES = 4 * 1024 * 1024  # stays in the cache between the matmul and the reductions
 _CPU_CHUNK_ROWS = 2048  # a matmul packs the weights anew: dear for few rows
+_SAME_HEAD = 1e-3  # relative: the same matmul, and no quantised activation comes so close
 _MIN_TILE_IDS = 64  # of fewer than 16 columns, matmuls take other kernels
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -59,6 +61,8 @@ class RowsHead:
         vocab_size: V, the width of the logits.
         chunk_rows: rows taken through the head at once, a multiple of 16.
         tile_bytes: memory that a tile's logits may take; None takes all ids at once.
+        device: where the head computes, and its rows must lie.
+        is_plain_linear: whether a trainer can rebuild logits from the head's rows (`hidden`).
     """
 
     module: nn.Module
@@ -66,6 +70,8 @@ class RowsHead:
     vocab_size: int
     chunk_rows: int
     tile_bytes: int | None
+    device: torch.device
+    is_plain_linear: bool
 
     @classmethod
     def find(cls, model: nn.Module, forward: Forward, chunk_bytes: int) -> RowsHead:
@@ -99,16 +105,20 @@ class RowsHead:
                 "its forward does not call the output embeddings once on [B, T, H]"
             )
         head_input, head_output = seen[0]
+        logits = logits.to(head_output.device)  # accelerate gives them where the ids were
         transform = _find_transform(model, head_output, logits)
         itemsize = max(logits.element_size(), head_output.element_size())
         tile_bytes, ids, most_rows = None, logits.shape[-1], chunk_bytes
-        is_whole = _is_plain_linear(module) and not is_sharded(module.weight)  # type: ignore[arg-type]
-        if is_whole and head_input.device.type == "cpu":
+        is_plain = _is_plain_linear(module) and _is_its_weights(module, head_input, head_output)
+        is_whole = is_plain and not is_sharded(module.weight)  # type: ignore[arg-type]
+        if is_whole and not is_offloaded(module) and head_output.device.type == "cpu":
             tile_bytes = min(chunk_bytes, _CPU_TILE_BYTES)
             ids, most_rows = _MIN_TILE_IDS, _CPU_CHUNK_ROWS
         rows = min(chunk_bytes // (itemsize * ids), most_rows)
         chunk_rows = max(rows // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-        found = cls(module, transform, logits.shape[-1], chunk_rows, tile_bytes)
+        device = head_output.device
+        width = logits.shape[-1]
+        found = cls(module, transform, width, chunk_rows, tile_bytes, device, is_plain)
         found._prove(forward, input_ids, attention_mask, head_input, logits)
         return found
 
@@ -128,7 +138,7 @@ class RowsHead:
             raise HeadUnsupported(f"its forward fails with a cut head: {exc}") from exc
         if cut.shape[1] != 1 or len(inputs) != 1 or not torch.equal(inputs[0], head_input):
             raise HeadUnsupported("a forward with a cut head is not the same forward")
-        rows = head_input.flatten(0, 1)
+        rows = head_input.flatten(0, 1).to(self.device)
         for count in (1, 17, rows.shape[0]):
             expected = logits.flatten(0, 1)[:count]
             got = torch.cat([tile for _, tile in self.tiles(rows[:count])], dim=-1)
@@ -150,7 +160,7 @@ class RowsHead:
         matmul over all rows, and the tile is still in the cache when it is reduced.
 
         Args:
-            head_input: [N, H], N up to `chunk_rows`.
+            head_input: [N, H] on the head's device, N up to `chunk_rows`.
 
         Yields:
             The first id of a tile, and the logits [N, ids in the tile].
@@ -180,14 +190,11 @@ class RowsHead:
         """
         if not self.is_plain_linear:
             raise HeadUnsupported("the head is not a plain unquantised linear")
-        weight, bias = self.module.weight, self.module.bias
-        rows = whole(weight.detach()).index_select(0, selected_token_ids)  # type: ignore[operator]
-        return rows, None if bias is None else whole(bias.detach())[selected_token_ids]  # type: ignore[operator]
-
-    @property
-    def is_plain_linear(self) -> bool:
-        """Whether a trainer can rebuild logits from the head's rows (encoding `hidden`)."""
-        return _is_plain_linear(self.module)
+        ids = selected_token_ids.to(self.device)
+        with weights_of(self.module):
+            weight, bias = self.module.weight, self.module.bias
+            rows = whole(weight.detach()).index_select(0, ids)  # type: ignore[operator]
+            return rows, None if bias is None else whole(bias.detach())[ids]  # type: ignore[operator]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -198,13 +205,27 @@ def _is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def _is_its_weights(module: nn.Module, given: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether a head gives what its weights say.
+
+    Packages that quantise may leave the class, and replace a module's forward.
+    """
+    if is_sharded(module.weight):  # type: ignore[arg-type]
+        return True
+    with torch.no_grad(), weights_of(module):
+        expected = linear(given.to(output.device), module.weight, module.bias)  # type: ignore[arg-type]
+    error = (output.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
+    return float(error) <= _SAME_HEAD
+
+
 def probe_batch(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fixed input_ids and attention_mask [2, <= 33] on the model's device."""
-    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    """Return fixed input_ids and attention_mask [2, <= 33] where the model takes its inputs."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    weight: torch.Tensor = embeddings.weight
     generator = torch.Generator().manual_seed(0)
     count = min(weight.shape[0], int(getattr(text_config(model), "vocab_size", weight.shape[0])))
     length = min(33, max_sequence_length(model) or 33)
-    input_ids = torch.randint(count, (2, length), generator=generator).to(weight.device)
+    input_ids = torch.randint(count, (2, length), generator=generator).to(device_of(embeddings))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, length - 4 :] = 0
     return input_ids, attention_mask

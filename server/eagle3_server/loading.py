@@ -15,6 +15,8 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings
 from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.group import Group, GroupBroken
+from eagle3_server.placement import DeviceMap, only_cpu, parse_device_map
+from eagle3_server.quantization import check_checkpoint, check_share, quantization_config
 from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -37,6 +39,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     """
     if settings.model is None:
         raise InvalidRequest("no model was named; give a hub id, a directory, or a .gguf file")
+    device_map = _device_map(settings, group)
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu")
         if settings.device == "auto"
@@ -44,8 +47,9 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     )
     if group is not None:
         device = group.device
+    is_cpu = device.type != "cuda" if device_map is None else only_cpu(device_map)
     dtype = (
-        (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        (torch.float32 if is_cpu else torch.bfloat16)
         if settings.dtype == "auto"
         else getattr(torch, settings.dtype)
     )
@@ -64,7 +68,20 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     if shards is not None:
         if "gguf_file" in extra:
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
+        if settings.quantization is not None:
+            raise InvalidRequest(
+                f"weights quantised by --quantization {settings.quantization} cannot be sharded; "
+                "serve them without --tp, or lay the layers on several devices (--device-map)"
+            )
         extra["distributed_config"] = DistributedConfig(tp_size=shards.size, tp_plan="auto")
+    if settings.quantization is not None:
+        if "gguf_file" in extra:
+            raise InvalidRequest(
+                "a .gguf file is quantised already, and transformers expands it to --dtype; serve "
+                f"it without --quantization {settings.quantization}, or quantise the checkpoint "
+                "that it was made of"
+            )
+        extra["quantization_config"] = quantization_config(settings.quantization, dtype)
     if settings.attn_implementation is not None:
         extra["attn_implementation"] = settings.attn_implementation
     try:
@@ -72,8 +89,15 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             "revision": settings.revision or "main",
             "trust_remote_code": settings.trust_remote_code,
         }
+        is_quantized = settings.quantization is not None
         if auto_class is None:
-            auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **where))
+            config = transformers.AutoConfig.from_pretrained(source, **where)
+            auto_class = _auto_class(config)
+            is_quantized |= check_checkpoint(config, settings.quantization)
+        if device_map is None and is_quantized and group is None:
+            device_map = {"": str(device)}  # such weights are put in place as they are read
+        if device_map is not None:
+            extra["device_map"] = device_map
         model, report = auto_class.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **where, **extra
         )
@@ -90,20 +114,24 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         )
     if shards is not None:
         _report_shards(model, shards)
+    if settings.quantization is not None:
+        check_share(model, settings.quantization)
     described: dict[str, Any] = {
         # A directory's name, not its path: paths of the server's disk are nobody's business.
         "model_id": settings.model_name
         or (Path(settings.model).name if Path(settings.model).exists() else settings.model),
         "revision": settings.revision,
-        "tokenizer_digest": _tokenizer_digest(source, **where, **extra),
+        "tokenizer_digest": _tokenizer_digest(source, extra.get("gguf_file"), **where),
         "aux_layer_ids": settings.aux_layer_ids,
         "head_chunk_bytes": settings.head_chunk_bytes,
         "context": None
         if group is None or shards is not None
         else ContextParallel(None, group.rank, group.size, device),
     }
+    if device_map is None:
+        model.to(device)
     try:
-        return TransformersTarget(model.to(device), **described)
+        return TransformersTarget(model, **described)
     except (RuntimeError, TypeError) as exc:
         # Of a sharded forward: torch has not the operation for DTensors, or the shapes do not meet.
         if shards is None or isinstance(exc, GroupBroken):
@@ -112,6 +140,23 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             f"{type(model).__name__} does not run under transformers' plan for it ({exc!s:.300}). "
             "Try a --tp that divides its heads, or serve it without"
         ) from exc
+
+
+def _device_map(settings: ServerSettings, group: Group | None) -> DeviceMap | None:
+    """Return what the settings say of several devices; refuse what cannot go with it."""
+    if settings.device_map is None:
+        return None
+    if group is not None or settings.tp > 1:
+        raise InvalidRequest(
+            "--tp shards every layer over processes, and --device-map lays whole layers on the "
+            "devices of one: give one of them"
+        )
+    if settings.device != "auto":
+        raise InvalidRequest(
+            f"--device {settings.device} is for a target on one device; drop it, or say in "
+            "--device-map where each part lies"
+        )
+    return parse_device_map(settings.device_map)
 
 
 def _report_shards(model: Any, group: Group) -> None:
@@ -132,10 +177,10 @@ def _report_shards(model: Any, group: Group) -> None:
         )
 
 
-def _tokenizer_digest(source: str, **where: Any) -> str | None:
+def _tokenizer_digest(source: str, gguf_file: str | None, **where: Any) -> str | None:
     """Digest the checkpoint's tokenizer, if it has one; the target itself needs none."""
-    for name in ("attn_implementation", "distributed_config"):
-        where.pop(name, None)
+    if gguf_file is not None:
+        where["gguf_file"] = gguf_file
     try:
         return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))
     except Exception as exc:  # no such files, an unknown class, a missing package: all in words

@@ -20,6 +20,7 @@ from eagle3_schemas.packing import Document, documents_of, restarting_positions
 from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.forward import ForwardResult, forward_with_aux
 from eagle3_server.layout import decoder_layers, positions_depend_on_length, text_config
+from eagle3_server.placement import device_of
 
 PackingRoute = Literal["masked", "documents"]
 
@@ -86,7 +87,9 @@ def find_packing(model: nn.Module) -> Packing:
     if positions_depend_on_length(model):
         reason = "its rotary positions change with the length of a row"
         return Packing("documents", reason, surplus=1.0)
-    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    weight: torch.Tensor = embeddings.weight
+    device = device_of(embeddings)
     config = text_config(model)
     count = min(weight.shape[0], int(getattr(config, "vocab_size", weight.shape[0])))
     seq_lens = torch.tensor(_PROBE_LENS)
@@ -102,14 +105,13 @@ def find_packing(model: nn.Module) -> Packing:
         if _is_flash(model):  # its condition: one row
             seq_lens, input_ids, changed = seq_lens[:1], input_ids[:1], changed[:1]
         packed, moved = (
-            forward_masked(model, ids.to(weight.device), seq_lens, layers)
-            for ids in (input_ids, changed)
+            forward_masked(model, ids.to(device), seq_lens, layers) for ids in (input_ids, changed)
         )
     except PackingUnsupported as exc:
         return Packing("documents", exc.detail)
     except Exception as exc:  # whatever a model does with a mask it does not know
         return Packing("documents", f"its forward fails under a block-causal mask: {exc!r:.200}")
-    alone = forward_documents(model, input_ids.to(weight.device), seq_lens, layers, surplus=1.0)
+    alone = forward_documents(model, input_ids.to(device), seq_lens, layers, surplus=1.0)
     dtype = packed.aux_states[0].dtype
     error = _largest_difference(alone, packed)
     if not error <= _SAME.get(dtype, _SAME_HALF):

@@ -24,7 +24,7 @@ class JobRunner:
 
     Attributes:
         model: the causal LM.
-        device: its device.
+        device: where it takes its inputs; of several devices, the one results are brought to.
         head: the rows-only head, or None.
         packing: how packed rows run when they must as a co-located trainer's.
         can_trim: whether trailing padding may be cut off.
@@ -61,7 +61,8 @@ class JobRunner:
             return forward_with_aux(
                 self.model, input_ids, mask, layer_ids, to_cut, context=self.context
             )
-        packing = self.packing if job.exact else self.packing.by_document()
+        whole = job.exact or not self.can_trim
+        packing = self.packing if whole else self.packing.by_document()
         return forward_packed(
             self.model, packing, input_ids, job.seq_lens, layer_ids, to_cut, self.context
         )
@@ -94,13 +95,15 @@ class JobRunner:
                 None,
                 LogitsTransform(),
                 self.full_chunk_rows,
+                logits.device,
             )
-        head_input = result.head_input.flatten(0, 1)
+        head_input = result.head_input.flatten(0, 1).to(head.device)
         return HeadRows(
             lambda positions: head.tiles(head_input[positions]),
             head_input.__getitem__,
             head.transform,
             head.chunk_rows,
+            head.device,
         )
 
 

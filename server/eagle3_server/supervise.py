@@ -25,17 +25,22 @@ class HeadRows:
         head_input: flat positions [N] -> the head's input [N, H]; None on the full path.
         transform: what follows the head; decides how `logits` travel.
         chunk_rows: rows to take at once.
+        device: where the logits are, and positions must be.
     """
 
     tiles: Callable[[torch.Tensor], Iterator[tuple[int, torch.Tensor]]]
     head_input: Callable[[torch.Tensor], torch.Tensor] | None
     transform: LogitsTransform
     chunk_rows: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class SupervisionRows:
-    """Rows in the unshifted frame: row of position t' supervises position t' - 1."""
+    """Rows in the unshifted frame: row of position t' supervises position t' - 1.
+
+    On the device of the head.
+    """
 
     position_mask: torch.Tensor  # [B, T] bool, unshifted: column 0 is false
     rows: torch.Tensor  # [m, C], the encoding's rows, in row order
@@ -67,6 +72,9 @@ def supervise_rows(
     Raises:
         TargetFailed: draft-vocab logits or head inputs that are not finite, with their position.
     """
+    loss_mask, selected_token_ids, selected_token_mask = (
+        each.to(source.device) for each in (loss_mask, selected_token_ids, selected_token_mask)
+    )
     supervised = loss_mask.clone()
     supervised[:, 0] = False  # no position precedes it
     computed = supervised

@@ -33,7 +33,9 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
     the shared model during a forward.
 
     Args:
-        model: a Hugging Face causal LM on its device; put into eval mode, its parameters frozen.
+        model: a Hugging Face causal LM, quantised or not; put into eval mode, its parameters
+            frozen. Of one on several devices (`device_map`), batches go where its input
+            embeddings are.
         aux_layer_ids: three distinct decoder layers whose outputs are captured; the default is
             `[1, L//2 - 1, L - 4]`.
         cp_mesh: one-dimensional `DeviceMesh` of ranks that each hold the whole model and split

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,14 +37,15 @@ from eagle3_server.engine import (
 from eagle3_server.final_norm import Found, find_final_norm
 from eagle3_server.fingerprint import (
     config_digest,
-    quantization_of,
     target_fingerprint,
     weights_digest,
 )
 from eagle3_server.forward import forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
-from eagle3_server.layout import decoder_layers, max_sequence_length, positions_depend_on_length
+from eagle3_server.layout import decoder_layers, max_sequence_length
 from eagle3_server.packing import find_packing
+from eagle3_server.placement import device_of, devices_of, weights_of
+from eagle3_server.quantization import quantization_of, why_not_to_trim
 from eagle3_server.running import JobRunner, aux_names, check_finite
 from eagle3_server.sharding import is_sharded, whole
 from eagle3_server.split_probe import ONE_BY_ONE, prove_split
@@ -96,8 +98,8 @@ class TransformersTarget:
             except InvalidRequest:  # too shallow: every request must then name its own
                 default = None
         self._on_device: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-        embedding = self._embedding_weight()
-        self._device = embedding.device
+        # Where inputs go, and where results are brought to from wherever a part of the model is.
+        self._device = device_of(self._embeddings())
         probe = forward_with_aux(model, *probe_batch(model), range(num_layers))
         vocab_size = probe.logits.shape[-1]
         self._head: RowsHead | None = None
@@ -111,12 +113,15 @@ class TransformersTarget:
         packing = find_packing(model) if context is None else ONE_BY_ONE
         if packing.reason is not None:
             logger.info("packed documents run as rows of their own: %s", packing.reason)
+        untrimmed = why_not_to_trim(model)
+        if untrimmed is not None:
+            logger.info("trailing padding is computed: %s", untrimmed)
         self._runner = JobRunner(
             model=model,
             device=self._device,
             head=self._head,
             packing=packing,
-            can_trim=not positions_depend_on_length(model),
+            can_trim=untrimmed is None,
             full_chunk_rows=max(head_chunk_bytes // (4 * vocab_size), 1),
             context=context,
         )
@@ -150,11 +155,11 @@ class TransformersTarget:
             num_hidden_layers=num_layers,
             hidden_size=probe.aux_states[0].shape[-1],
             vocab_size=vocab_size,
-            input_vocab_size=embedding.shape[0],
+            input_vocab_size=int(self._embeddings().weight.shape[0]),  # type: ignore[index]
             max_sequence_length=max_sequence_length(model),
             dtype=dtype,
             device=str(self._device),
-            device_name=_device_name(self._device),
+            device_name=_device_name(devices_of(model)),
             attn_implementation=getattr(model.config, "_attn_implementation", None),
             aux_layer_ids=default,
             num_threads=torch.get_num_threads(),
@@ -184,7 +189,9 @@ class TransformersTarget:
 
     def input_embeddings(self) -> DeviceTensors:
         """Return the input embeddings' `weight`."""
-        weight = self._embedding_weight().detach()
+        embeddings = self._embeddings()
+        with weights_of(embeddings):
+            weight: torch.Tensor = embeddings.weight.detach()  # type: ignore[operator]
         is_constant = not is_sharded(weight)
         return DeviceTensors.queued(
             {"weight": whole(weight)}, self._device, is_constant=is_constant
@@ -197,7 +204,7 @@ class TransformersTarget:
         ids, _ = self._draft_vocab(draft_vocab)
         weight, bias = self._head.draft_rows(ids)
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        return DeviceTensors.queued(tensors, self._device)
+        return self._here(tensors)
 
     def target_head(self) -> DeviceTensors:
         """Return the whole head and the final norm; see `Target`."""
@@ -207,14 +214,15 @@ class TransformersTarget:
                 f"the whole head is of no use here: {self._description.outputs_reason}. Ask for "
                 "outputs of the head instead"
             )
-        tensors = {"weight": whole(head.weight.detach())}
-        if head.bias is not None:
-            tensors["bias"] = whole(head.bias.detach())
+        with weights_of(head):
+            tensors = {"weight": whole(head.weight.detach())}
+            if head.bias is not None:
+                tensors["bias"] = whole(head.bias.detach())
         if self._norm is not None:
             parts = {"norm_weight": self._norm.weight, "norm_bias": self._norm.bias}
             tensors |= {name: part for name, part in parts.items() if part is not None}
         is_constant = not is_sharded(head.weight)
-        return DeviceTensors.queued(tensors, self._device, is_constant=is_constant)
+        return self._here(tensors, is_constant=is_constant)
 
     def supervise(self, job: SupervisionJob) -> DeviceTensors:
         """Run the target on one job: one forward, then the head for the rows asked for."""
@@ -253,13 +261,12 @@ class TransformersTarget:
         head_seconds = time.monotonic() - started  # its checks have waited for the device
         position_mask = torch.zeros(job.loss_mask.shape, dtype=torch.bool, device=self._device)
         position_mask[:, :columns] = shift_left_with_zero(supervision["position_mask"])
-        return DeviceTensors.queued(
+        return self._here(
             {
                 **encode_aux(attended, job.aux_dtype),
                 "position_mask": pack_bits(position_mask),
                 encoding.tensor_name: supervision["rows"],
             },
-            self._device,
             head_seconds=head_seconds,
         )
 
@@ -267,7 +274,12 @@ class TransformersTarget:
         """Run the target on one job: a forward, and the head if an output needs it."""
         selected = None if job.draft_vocab is None else self._draft_vocab(job.draft_vocab)
         tensors, head_seconds = capture(self._runner, job, selected)
-        return DeviceTensors.queued(tensors, self._device, head_seconds=head_seconds)
+        return self._here(tensors, head_seconds=head_seconds)
+
+    def _here(self, tensors: dict[str, torch.Tensor], **how: Any) -> DeviceTensors:
+        """Bring a result to one device: the head's part comes from where the head is."""
+        here = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        return DeviceTensors.queued(here, self._device, **how)
 
     def _plain_head(self, what: str) -> nn.Linear:
         head = None if self._head is None else self._head.module
@@ -278,9 +290,9 @@ class TransformersTarget:
             )
         return head
 
-    def _embedding_weight(self) -> torch.Tensor:
-        weight: torch.Tensor = self._model.get_input_embeddings().weight  # type: ignore[operator]
-        return weight
+    def _embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self._model.get_input_embeddings()  # type: ignore[operator]
+        return embeddings
 
     def _draft_vocab(self, vocab: DraftVocab) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ids and mask on the device; the last few vocabs stay there."""
@@ -294,5 +306,8 @@ class TransformersTarget:
         return cached
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _device_name(devices: Sequence[torch.device]) -> str:
+    names = Counter(
+        torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices
+    )
+    return " + ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -45,9 +46,15 @@ class Got:
 class Case:
     """One family in one dtype; what is computed once is kept."""
 
-    def __init__(self, family: Family, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        family: Family,
+        dtype: torch.dtype,
+        build: Callable[[], nn.Module] | None = None,
+    ) -> None:
         self.family, self.dtype = family, dtype
-        self.model = family.build(dtype)
+        self._build = build or partial(family.build, dtype)
+        self.model = self._build()
         self.target = TransformersTarget(self.model, model_id="tiny")
         self.description = self.target.describe()
 
@@ -58,7 +65,7 @@ class Case:
         For a linear layer torch folds [B, T, H] into [B*T, H], or does not, depending on whether
         its weight needs gradients, under no_grad too.
         """
-        return self.family.build(self.dtype).requires_grad_(False)
+        return self._build().requires_grad_(False)
 
     @cached_property
     def transform(self) -> Any:

@@ -12,6 +12,7 @@ import torch
 from tests.families.checks import Case, Difference
 from tests.families.configs import FAMILIES, Family, H, L, V
 from tests.families.full_path import USED, B, D, T, make_job
+from tests.families.quantised import FORM, in_four_bits
 from tests.parallel.families_in_two import measure
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "model-coverage.md"
@@ -73,6 +74,12 @@ a random transformers model ({L} layers, H {H}, V {V}; a batch of [{B}, {T}] tok
   into this config's layers, which every rank then holds whole.
 - **Context parallel**: the same with the sequences split (`--cp 2`). `refused` at load: layers that
   carry a state from token to token, which is not in the keys and values that ranks exchange.
+- **Quantised**: loaded with `--quantization {FORM}`, float32 besides, against the full path of the
+  same quantised model on another copy: `equal` if, with `exact=True` every layer's aux states, the
+  masks and `target_probs` are its bits. Then how much of the layers' weights the 4 bits reach:
+  experts that transformers keeps in one tensor, convolutions and the like stay as they are.
+  `refused`: they reach none (Falcon's linear layers are of a class of their own). All encodings are
+  offered unless the cell says which.
 
 A loss mask that is 1 on padding further than a sliding window from any attended token asks for the
 logits of a token with nothing to attend to. They depend on the padded width (Gemma2: 1e-3 of
@@ -82,8 +89,8 @@ Multimodal classes (`…ForConditionalGeneration`) are run on text alone. Gemma 
 its layers carry four streams, and none of them is the hidden state that EAGLE-3 reads.
 
 | family | class | head | after the head | encodings | layer oracle | exact fp32 | exact bf16 | \
-default fp32 | default bf16 | tensor parallel | context parallel |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+default fp32 | default bf16 | tensor parallel | context parallel | quantised |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -124,6 +131,7 @@ def _row(family: Family, in_two: dict[str, dict[str, Any]]) -> str:
         *(_difference(case) for case in cases),
         _sharded(in_two["tp"]),
         _split(in_two["cp"]),
+        in_four_bits(family),
     ]
     return f"| {' | '.join(cells)} |\n"
 

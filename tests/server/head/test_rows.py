@@ -85,8 +85,11 @@ def sources(model: Any, inputs: Any, chunk_bytes: int = 1 << 20) -> tuple[HeadRo
         head_input.__getitem__,
         head.transform,
         head.chunk_rows,
+        head.device,
     )
-    full = HeadRows(lambda positions: iter([(0, logits[positions])]), None, LogitsTransform(), 7)
+    full = HeadRows(
+        lambda positions: iter([(0, logits[positions])]), None, LogitsTransform(), 7, logits.device
+    )
     return only_rows, full
 
 
