@@ -44,7 +44,8 @@ SCRIPTS = (
     Script("hiding", "8. Prefetch that hides the target"),
     Script("fingerprint", "9. Fingerprint"),
     Script("packing", "10. Packed rows"),
-    Script("gpu", "11. On a GPU"),
+    Script("sizing", "11. Sizes"),
+    Script("gpu", "12. On a GPU"),
 )
 
 
@@ -79,6 +80,7 @@ GOALS = (
     ),
     Goal("fingerprint of an 8B-shaped model", "≤ 5 s", "fingerprint", "fingerprint"),
     Goal("packed rows / the same tokens unpacked", "≤ 1.2", "packing", "packed"),
+    Goal("trainers that one server feeds", "≥ 0.95 of alone", "sizing", "speed of each"),
     Goal("one H100/H200, 8B-shaped bf16 model", "≥ 27,000 tokens/s", "gpu", "tokens/s"),
 )
 

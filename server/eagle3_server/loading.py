@@ -94,7 +94,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             config = transformers.AutoConfig.from_pretrained(source, **where)
             auto_class = _auto_class(config)
             is_quantized |= check_checkpoint(config, settings.quantization)
-        if device_map is None and is_quantized and group is None:
+        if device_map is None and is_quantized and shards is None:
             device_map = {"": str(device)}  # such weights are put in place as they are read
         if device_map is not None:
             extra["device_map"] = device_map
@@ -146,10 +146,10 @@ def _device_map(settings: ServerSettings, group: Group | None) -> DeviceMap | No
     """Return what the settings say of several devices; refuse what cannot go with it."""
     if settings.device_map is None:
         return None
-    if group is not None or settings.tp > 1:
+    if group is not None or settings.ranks > 1:
         raise InvalidRequest(
-            "--tp shards every layer over processes, and --device-map lays whole layers on the "
-            "devices of one: give one of them"
+            f"{settings.ranks_flag} runs a target in several processes, and --device-map lays its "
+            "layers on the devices of one: give one of them"
         )
     if settings.device != "auto":
         raise InvalidRequest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,21 +13,19 @@ import torch
 from torch import nn
 
 from eagle3_schemas import (
-    AUX_LAYER_CONVENTION,
     DraftVocab,
     default_aux_layer_ids,
     shift_left_with_zero,
     validate_aux_layer_ids,
 )
 from eagle3_schemas.aux_states import encode_aux
-from eagle3_schemas.capture import OUTPUTS
-from eagle3_schemas.draft_head import ROW_MULTIPLE, LogitsTransform
+from eagle3_schemas.draft_head import ROW_MULTIPLE
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_schemas.protocol import PROTOCOL_VERSION
 from eagle3_schemas.supervision import pack_bits
 from eagle3_server.capturing import capture
 from eagle3_server.context_parallel import ContextParallel
+from eagle3_server.describing import describe_target
 from eagle3_server.engine import (
     CaptureJob,
     DeviceTensors,
@@ -35,17 +33,12 @@ from eagle3_server.engine import (
     TargetDescription,
 )
 from eagle3_server.final_norm import Found, find_final_norm
-from eagle3_server.fingerprint import (
-    config_digest,
-    target_fingerprint,
-    weights_digest,
-)
 from eagle3_server.forward import forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
-from eagle3_server.layout import decoder_layers, max_sequence_length
+from eagle3_server.layout import decoder_layers
 from eagle3_server.packing import find_packing
-from eagle3_server.placement import device_of, devices_of, weights_of
-from eagle3_server.quantization import quantization_of, why_not_to_trim
+from eagle3_server.placement import device_of, weights_of
+from eagle3_server.quantization import why_not_to_trim
 from eagle3_server.running import JobRunner, aux_names, check_finite
 from eagle3_server.sharding import is_sharded, whole
 from eagle3_server.split_probe import ONE_BY_ONE, prove_split
@@ -131,56 +124,17 @@ class TransformersTarget:
         if self._head is not None:
             between = find_final_norm(model, self._head, forward)
         self._norm, self._has_hidden = between.norm, between.has_hidden
-        dtype = str(probe.aux_states[0].dtype).removeprefix("torch.")
-        quantization = quantization_of(model)
-        parts = {"config_digest": config_digest(model), "weights_digest": weights_digest(model)}
-        self._description = TargetDescription(
+        self._description = describe_target(
+            model,
             model_id=model_id,
             revision=revision,
-            architecture=type(model).__name__,
-            **parts,
-            fingerprint=target_fingerprint(
-                **parts,
-                model_id=model_id,
-                revision=revision,
-                dtype=dtype,
-                quantization=quantization,
-                tokenizer_digest=tokenizer_digest,
-                vocab_size=vocab_size,
-                aux_layer_convention=AUX_LAYER_CONVENTION,
-                protocol_version=PROTOCOL_VERSION,
-            ),
-            quantization=quantization,
             tokenizer_digest=tokenizer_digest,
-            num_hidden_layers=num_layers,
-            hidden_size=probe.aux_states[0].shape[-1],
-            vocab_size=vocab_size,
-            input_vocab_size=int(self._embeddings().weight.shape[0]),  # type: ignore[index]
-            max_sequence_length=max_sequence_length(model),
-            dtype=dtype,
-            device=str(self._device),
-            device_name=_device_name(devices_of(model)),
-            attn_implementation=getattr(model.config, "_attn_implementation", None),
             aux_layer_ids=default,
-            num_threads=torch.get_num_threads(),
-            head="full" if self._head is None else "rows",
+            probe=probe,
+            head=self._head,
             head_reason=head_reason,
-            encodings=(
-                ("probs", "logits", "hidden")
-                if self._head is not None and self._head.is_plain_linear
-                else ("probs", "logits")
-            ),
-            transform=LogitsTransform() if self._head is None else self._head.transform,
-            packing=packing.route,
-            packing_reason=packing.reason,
-            outputs=tuple(
-                name
-                for name in OUTPUTS
-                if (name != "last_hidden" or between.has_hidden)
-                and (name != "last_hidden_prenorm" or between.has_prenorm)
-            ),
-            outputs_reason=between.reason,
-            norm=None if between.norm is None else between.norm.form,
+            packing=packing,
+            between=between,
         )
 
     def describe(self) -> TargetDescription:
@@ -304,10 +258,3 @@ class TransformersTarget:
         if len(self._on_device) > _CACHED_DRAFT_VOCABS:
             self._on_device.popitem(last=False)
         return cached
-
-
-def _device_name(devices: Sequence[torch.device]) -> str:
-    names = Counter(
-        torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices
-    )
-    return " + ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())

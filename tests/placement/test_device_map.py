@@ -136,7 +136,7 @@ def test_what_is_no_map_is_refused_in_words(text: str, words: str) -> None:
     ("settings", "words"),
     [
         ({"device": "cpu"}, "--device cpu is for a target on one device; drop it"),
-        ({"tp": 2}, "--tp shards every layer over processes.*give one of them"),
+        ({"tp": 2}, "--tp 2 runs a target in several processes.*give one of them"),
     ],
 )
 def test_what_cannot_go_with_a_map_is_refused(
