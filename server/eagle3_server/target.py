@@ -30,8 +30,8 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
     the shared model during a forward.
 
     Args:
-        model: a Hugging Face causal LM, quantised or not; put into eval mode, its parameters frozen.
-            Of one on several devices (`device_map`), batches go where its input embeddings are.
+        model: a Hugging Face causal LM; put into eval mode, its parameters frozen. Of one on
+            several devices (`device_map`), batches go where its input embeddings are.
         aux_layer_ids: three distinct decoder layers whose outputs are captured; the default is
             `[1, L//2 - 1, L - 4]`.
         cp_mesh: must be None; context parallelism is not supported yet.
