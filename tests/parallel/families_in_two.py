@@ -24,7 +24,7 @@ from tests.families.configs import FAMILIES
 from tests.families.full_path import make_job
 
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_schemas.supervision import unpack_bits
+from eagle3_schemas.supervision import shift_left_with_zero, unpack_bits
 from eagle3_server import ServerSettings
 from eagle3_server.group import Group
 from eagle3_server.loading import load_target
@@ -68,7 +68,8 @@ def compare(case: Case, got: dict[str, torch.Tensor]) -> dict[str, Any]:
     probs, position_mask, _ = expected.target(job)
     aux = expected.aux(job.aux_layer_ids)[job.attention_mask].float()
     mask = unpack_bits(got["position_mask"], tuple(position_mask.shape))
-    both = mask & position_mask
+    # Of attended tokens: one without a key to attend to averages over all columns it is given.
+    both = mask & position_mask & shift_left_with_zero(job.attention_mask)
     rows = torch.zeros(*mask.shape, probs.shape[-1])
     rows[mask] = got["target_probs"]
     return {
