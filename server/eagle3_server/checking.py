@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import ssl
 
+import torch
+
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
 from eagle3_server.listening import is_loopback
+from eagle3_server.quantization import PACKAGE_OF, need_package
 from eagle3_server.replicas import check_replicas
 
 
@@ -26,6 +29,25 @@ def check_settings(settings: ServerSettings) -> None:
         raise InvalidRequest(
             f"--tp {settings.tp} and --cp {settings.cp} cannot be had together: choose --tp where "
             "the weights do not fit a device, --cp where the sequences do not"
+        )
+    if settings.ranks > 1 and settings.device_map is not None:
+        raise InvalidRequest(
+            f"{settings.ranks_flag} runs a target in several processes, and --device-map lays its "
+            "layers on the devices of one: give one of them"
+        )
+    if settings.quantization is not None:
+        if settings.model.endswith(".gguf"):
+            raise InvalidRequest(
+                "a .gguf file is quantised already, and transformers expands it to --dtype; serve "
+                f"it without --quantization {settings.quantization}, or quantise the checkpoint "
+                "that it was made of"
+            )
+        need_package(PACKAGE_OF[settings.quantization])
+    is_alone = settings.ranks == 1 and settings.replicas is None
+    if is_alone and settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidRequest(
+            f"--device {settings.device} needs a GPU, and torch {torch.__version__} sees none: "
+            "serve on --device cpu, or install a CUDA build of torch"
         )
     check_replicas(settings)
     unknown = unknown_variables(os.environ)

@@ -8,9 +8,11 @@ but gathered from the ranks, layer by layer, when attention asks for it.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,10 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from eagle3_schemas.errors import InvalidRequest, TargetFailed
-from eagle3_schemas.tensors import flat_bytes
+from eagle3_schemas.tensors import byte_view, flat_bytes
+from eagle3_server.device_errors import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 _FEWEST_COLUMNS = 16  # of a rank: matmuls of fewer rows take other kernels
 
@@ -108,12 +113,14 @@ class ContextParallel:
 
         Raises:
             TargetFailed: of the first rank that raised it.
+            torch.OutOfMemoryError: a rank ran out of memory.
+            RuntimeError: a rank raised something else, which its log has.
         """
         words, tensors = "", {}
         try:
             tensors = compute((self.rank, self.size))
-        except TargetFailed as exc:  # of this rank's rows alone: the others must hear of it
-            words = exc.detail
+        except Exception as exc:  # of this rank's rows alone: the others must hear of it
+            words = _in_words(exc)
         self._raise_first(words)
         whole: dict[str, torch.Tensor] = {}
         for name, part in sorted(tensors.items()):  # one order for all, whatever the dict's is
@@ -132,12 +139,55 @@ class ContextParallel:
         return [int(each) for each in counts]
 
     def _raise_first(self, words: str) -> None:
-        """Raise TargetFailed with the first rank's words, if any rank has some."""
+        """Raise what the first rank that has words says, on every rank."""
         mine = torch.tensor(list(words.encode()), dtype=torch.uint8, device=self.device)
         counts = self._counts(mine.numel())
         for said in torch.split(self._gather(mine, 0, counts, self.size), counts):
             if said.numel():
-                raise TargetFailed(bytes(said.tolist()).decode())
+                kind, _, detail = bytes(said.tolist()).decode().partition(":")
+                raise _KINDS[kind](detail)
+
+    def check_same(self, call: int, *tensors: torch.Tensor | None) -> None:
+        """Compare what this rank is about to compute with the others'.
+
+        Args:
+            call: how many came before it.
+            tensors: of the batch.
+
+        Raises:
+            InvalidRequest: another rank has another batch, on every rank.
+        """
+        digest = hashlib.sha256(str(call).encode())
+        for each in tensors:
+            shape = None if each is None else (each.shape, each.dtype)
+            digest.update(str(shape).encode())
+            if each is not None:
+                digest.update(byte_view(each.detach().cpu().contiguous()))
+        codes = self._counts(int.from_bytes(digest.digest()[:7], "big"))
+        others = [rank for rank, code in enumerate(codes) if code != codes[self.rank]]
+        if others or len(set(codes)) > 1:
+            raise InvalidRequest(
+                f"rank {self.rank} of the context-parallel mesh has another batch than ranks "
+                f"{others}: expected the same tensors in the same order on every rank. Shard data "
+                "over the other dimensions of the mesh, not over this one"
+            )
+
+
+_KINDS: Final[dict[str, type[Exception]]] = {
+    "rows": TargetFailed,
+    "memory": torch.OutOfMemoryError,
+    "other": RuntimeError,
+}
+
+
+def _in_words(error: Exception) -> str:
+    """Return what ranks tell one another of an error: a key of `_KINDS`, a colon, its words."""
+    if isinstance(error, TargetFailed):
+        return f"rows:{error.detail}"
+    if is_out_of_memory(error):
+        return f"memory:{error}"
+    logger.error("the head's rows failed on this rank", exc_info=error)
+    return f"other:{type(error).__name__} on a rank: {error!s:.500}"
 
 
 class _GatheringLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -48,8 +48,9 @@ def _decoder(model: nn.Module) -> nn.Module:
 def max_sequence_length(model: nn.Module) -> int | None:
     """Return the longest T a table of learned positions admits (GPT-2, OPT), or None without one.
 
-    Rotary and ALiBi models have no such table. A position beyond it would be a device-side assert
-    on a GPU, which poisons the process.
+    Most rotary and ALiBi models have no such table; GPT-J and CodeGen keep their rotary positions
+    in one, MPT its ALiBi. A position beyond it would be a device-side assert on a GPU, which
+    poisons the process.
     """
     for name, module in _decoder(model).named_modules():  # a vision tower's positions are its own
         leaf = name.rpartition(".")[2]
@@ -57,6 +58,11 @@ def max_sequence_length(model: nn.Module) -> int | None:
             module, nn.Embedding
         ):
             return module.num_embeddings - int(getattr(module, "offset", 0))
+        table = vars(module).get("_buffers", {}).get("embed_positions")  # GPT-J, CodeGen
+        if table is not None:
+            return int(table.shape[-2])
+        if hasattr(module, "build_mpt_alibi_tensor"):
+            return int(text_config(model).max_seq_len)  # type: ignore[attr-defined]
     return None
 
 

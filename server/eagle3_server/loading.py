@@ -68,11 +68,6 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     if shards is not None:
         if "gguf_file" in extra:
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
-        if settings.quantization is not None:
-            raise InvalidRequest(
-                f"weights quantised by --quantization {settings.quantization} cannot be sharded; "
-                "serve them without --tp, or lay the layers on several devices (--device-map)"
-            )
         extra["distributed_config"] = DistributedConfig(tp_size=shards.size, tp_plan="auto")
     if settings.quantization is not None:
         if "gguf_file" in extra:
@@ -94,6 +89,12 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             config = transformers.AutoConfig.from_pretrained(source, **where)
             auto_class = _auto_class(config)
             is_quantized |= check_checkpoint(config, settings.quantization)
+        if is_quantized and shards is not None:
+            raise InvalidRequest(
+                "quantised weights cannot be sharded, be it by --quantization or in the "
+                "checkpoint; serve them without --tp, or lay the layers on several devices "
+                "(--device-map)"
+            )
         if device_map is None and is_quantized and shards is None:
             device_map = {"": str(device)}  # such weights are put in place as they are read
         if device_map is not None:

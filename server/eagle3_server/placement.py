@@ -45,7 +45,10 @@ def parse_device_map(text: str) -> DeviceMap:
                 f"device map {text!r} is none of {', '.join(AUTOMATIC)}, no JSON object, and no "
                 "file with one"
             )
-        source = path.read_text(encoding="utf-8")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            raise InvalidRequest(f"cannot read the device map {path}: {exc}") from exc
     try:
         parsed = json.loads(source)
     except ValueError as exc:
@@ -71,6 +74,11 @@ def _checked(name: str, device: object) -> str | int:
         ) from exc
     if parsed.type == "meta":
         raise InvalidRequest(f"the device map puts {name!r} on meta, where weights have no values")
+    if parsed.type not in ("cpu", "cuda"):
+        raise InvalidRequest(
+            f"the device map puts {name!r} on {device!r}; expected cpu, disk, a GPU's number, or "
+            "cuda:N"
+        )
     if parsed.type == "cuda" and (parsed.index or 0) >= count:
         raise InvalidRequest(
             f"the device map puts {name!r} on {device!r}, and this host has {count} GPUs"
@@ -82,7 +90,10 @@ def only_cpu(device_map: DeviceMap) -> bool:
     """Whether a map uses no GPU: the dtype is then a CPU's."""
     if isinstance(device_map, str):
         return not torch.cuda.is_available()
-    return all(device in ("cpu", "disk") for device in device_map.values())
+    return all(
+        device == "disk" or (isinstance(device, str) and torch.device(device).type == "cpu")
+        for device in device_map.values()
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

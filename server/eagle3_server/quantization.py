@@ -22,6 +22,13 @@ _PACKAGES: Final = {  # transformers' names of methods -> package to import, ext
     "torchao": ("torchao", "torchao"),
     "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
 }
+PACKAGE_OF: Final[dict[Quantization, str]] = {
+    "bnb-nf4": "bitsandbytes",
+    "bnb-int8": "bitsandbytes",
+    "torchao-int8": "torchao",
+}
+"""What each quantisation at load needs."""
+
 logger = logging.getLogger(__name__)
 
 _SAME = {torch.float32: 1e-4}  # largest relative difference that is rounding
@@ -38,7 +45,7 @@ def quantization_config(name: Quantization, dtype: torch.dtype) -> Any:
     Raises:
         InvalidRequest: its package is not installed.
     """
-    need_package("torchao" if name == "torchao-int8" else "bitsandbytes")
+    need_package(PACKAGE_OF[name])
     if name == "torchao-int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -55,7 +62,8 @@ def need_package(method: str) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         raise InvalidRequest(
             f"{method} is not installed. Install it with\n"
-            f'  pip install "eagle3-remote[server,{extra}]"'
+            f'  pip install "eagle3-remote[server,{extra}]"\nor, from a clone\n'
+            f'  pip install ".[server,{extra}]"'
         )
     if method == "bitsandbytes":  # it warns of each cast to the 16 bits that 8-bit matmuls take
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -95,7 +95,7 @@ def _import() -> Any:
     except ImportError as exc:
         raise InvalidRequest(
             f"--replicas needs Ray ({exc.name or exc} is missing). Install it with\n"
-            '  pip install "eagle3-remote[ray]"'
+            '  pip install "eagle3-remote[ray]"\nor, from a clone\n  pip install ".[ray]"'
         ) from exc
     return ray
 

@@ -25,6 +25,7 @@ from eagle3_server.replica_actor import Report
 _LOOK_S = 0.5
 _NEWS_S = 15.0  # between two words on a replica that Ray cannot place
 _FAILURES = 5  # in a row, of a replica that has served
+_SETTLED_S = 60.0  # ready for so long, it is well
 _LONGEST_PAUSE_S = 60.0
 _STOP_S = 15.0  # beyond a server's own patience
 
@@ -54,9 +55,10 @@ class _Seat:
     node: str = ""
     url: str = ""
     is_ready: bool = False
+    ready_at: float = 0.0
     gone_at: float = 0.0
     failures: int = 0
-    """Starts in a row that did not become ready."""
+    """Ends in a row of a server that was not ready, or for less than `_SETTLED_S`."""
     starts_at: float = 0.0
     """Not before then: a pause that grows with the failures."""
 
@@ -80,8 +82,6 @@ class Fleet:
         self._fingerprint = self._announced = ""
         self._news_at = time.monotonic() + _NEWS_S
         self._stops_by = 0.0  # when patience ends; 0 while it serves
-        if settings.urls_file is not None:
-            settings.urls_file.unlink(missing_ok=True)  # of a former run
 
     def serve(self, signals: Callable[[], int]) -> int:
         """Look after them until a signal or a failure, and drain them; return the exit code.
@@ -122,6 +122,9 @@ class Fleet:
             seat.asked = None
             try:
                 report = self._ray.get(reference)
+            except self._ray.exceptions.ActorUnavailableError:
+                logger.warning("replica %d: its actor does not answer; asked again", seat.number)
+                seat.asked_at = time.monotonic() + 5 * _LOOK_S
             except self._ray.exceptions.RayActorError as exc:
                 self._lost(seat, exc)
             except self._ray.exceptions.RayError as exc:
@@ -142,7 +145,7 @@ class Fleet:
                 seat.asked = seat.actor.start.remote(told, threads)
                 seat.node, seat.runs, seat.code = report["node"], True, None
         else:
-            seat.pid = report["pid"]
+            seat.pid, seat.runs = report["pid"], True
             if report["url"] and not seat.is_ready and not self._stops_by:
                 self._ready(seat, report)
 
@@ -181,7 +184,7 @@ class Fleet:
     # --- what changes ---
 
     def _ready(self, seat: _Seat, report: Report) -> None:
-        seat.is_ready, seat.failures = True, 0
+        seat.is_ready, seat.ready_at = True, time.monotonic()
         where = f"replica {seat.number} (process {seat.pid} on {seat.node})"
         if report["fingerprint"] != (self._fingerprint or report["fingerprint"]):
             raise _Failed(
@@ -243,10 +246,12 @@ class Fleet:
             _Failed: it has ended so several times, and there is nobody else to serve meanwhile.
         """
         words = f"replica {seat.number} ({seat.url or 'not ready yet'}): {what}"
+        now = time.monotonic()
+        # One that dies as soon as it is ready fails as one that never is.
+        settled = seat.is_ready and now - seat.ready_at >= _SETTLED_S
+        seat.failures = 0 if settled else seat.failures + 1
         if seat.is_ready:
-            seat.gone_at, seat.is_ready = time.monotonic(), False
-        else:
-            seat.failures += 1
+            seat.gone_at, seat.is_ready = now, False
         others_serve = any(each.is_ready for each in self._seats)
         if seat.failures >= _FAILURES and not others_serve:
             raise _Failed(f"{words}, for the {seat.failures}th time, and no other serves")

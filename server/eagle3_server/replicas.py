@@ -42,6 +42,13 @@ def check_replicas(settings: ServerSettings) -> None:
             "--unix-socket names one socket, and every replica would need its own; leave it out, "
             "or run a server for each without --replicas"
         )
+    if settings.device_map is not None:
+        raise InvalidRequest(
+            "--replicas gives each replica a GPU, or --tp of them, and --device-map lays one "
+            "target on several: leave one of them out"
+        )
+    if settings.urls_file is not None and settings.urls_file.is_dir():
+        raise InvalidRequest(f"--urls-file {settings.urls_file} is a folder: name a file")
     if settings.device not in ("auto", "cpu", "cuda"):
         raise InvalidRequest(
             "--replicas leaves the choice of GPUs to Ray: expected --device auto, cpu or cuda, got "
@@ -74,12 +81,15 @@ def serve_replicas(settings: ServerSettings) -> int:
     Raises:
         InvalidRequest: Ray is missing, cannot be joined, or lacks devices.
     """
+    if settings.urls_file is not None:
+        settings.urls_file.unlink(missing_ok=True)  # of a former run
     with ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         stdout = sys.stdout
         stack.enter_context(redirect_stdout(_RaySays()))
         with signals.kept():
             cluster = stack.enter_context(ray_cluster(settings))
+        signals.listen()  # below Python, Ray has put one in place that aborts three seconds later
         fleet = Fleet(settings, cluster, lambda urls: print(urls, file=stdout, flush=True))
         try:
             return fleet.serve(lambda: signals.count)
@@ -98,13 +108,16 @@ class _Signals:
         self._handlers = [(number, signal.getsignal(number)) for number in self._NUMBERS]
 
     def __enter__(self) -> _Signals:
-        for number in self._NUMBERS:
-            signal.signal(number, self._note)
+        self.listen()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         for number, handler in self._handlers:
             signal.signal(number, handler)
+
+    def listen(self) -> None:
+        for number in self._NUMBERS:
+            signal.signal(number, self._note)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -128,6 +141,7 @@ class _Signals:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
+        signal.alarm(0)  # of Ray's handler, which calls ours if it is the one in place
 
 
 class _RaySays(io.TextIOBase):

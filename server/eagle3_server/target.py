@@ -65,6 +65,7 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
         self.model = model.eval().requires_grad_(False)
         self._packing: Packing | None = None
         self._context: ContextParallel | None = None
+        self._calls, self._is_out_of_step = 0, False
         if cp_mesh is not None and cp_mesh.size() > 1:
             device = self.get_input_embeddings().weight.device
             self._context = ContextParallel.of_mesh(cp_mesh, device)
@@ -93,7 +94,9 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
 
         Raises:
             PackingUnsupported: packed rows, B > 1, and FlashAttention.
-            InvalidRequest: the masks' shapes differ from [B, T], or see `check_packing`.
+            RuntimeError: an earlier call failed in the middle, under `cp_mesh`.
+            InvalidRequest: another rank of `cp_mesh` has another batch; the masks' shapes differ
+                from [B, T], or see `check_packing`.
         """
         for name, mask in (("attention_mask", attention_mask), ("loss_mask", loss_mask)):
             if mask.shape != input_ids.shape or input_ids.ndim != 2:
@@ -102,6 +105,15 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
                     f"{list(mask.shape)}"
                 )
         check_packing(input_ids, attention_mask, position_ids, seq_lens, doc_remaining)
+        if self._context is not None:
+            if self._is_out_of_step:
+                raise RuntimeError(
+                    "an earlier call failed on this rank while others computed: the ranks of "
+                    "cp_mesh are out of step; end them all, and start them again"
+                )
+            self._calls += 1
+            self._context.check_same(self._calls, input_ids, attention_mask, loss_mask, seq_lens)
+            self._is_out_of_step = True  # until it has ended here as on the others
         if seq_lens is None:
             result = forward_with_aux(
                 self.model, input_ids, attention_mask, self.aux_layer_ids, context=self._context
@@ -117,6 +129,7 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
                 self.aux_layer_ids,
                 context=self._context,
             )
+        self._is_out_of_step = False
         return Eagle3TargetBatch(
             aux_hidden_states=result.aux_hidden_states,
             logits=shift_left_with_zero(result.logits),

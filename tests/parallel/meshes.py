@@ -68,6 +68,7 @@ def main(path: str) -> None:
         except InvalidRequest as exc:
             tell(f"{name} refused", error=str(exc))
     shared(context, tell)
+    other_batches(split, context.rank, tell)
     dist.barrier()
     os._exit(0)
 
@@ -115,13 +116,41 @@ def shared(context: ContextParallel, tell: Any) -> None:
             raise TargetFailed("row 7 is not finite: é")
         return compute(share)
 
-    for name, each in (("shared", compute), ("one fails", fail), ("after it", compute)):
+    def lack_memory(share: tuple[int, int]) -> dict[str, torch.Tensor]:
+        if share[0] == 0:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return compute(share)
+
+    def err(share: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {} if share[0] else compute((0, 0 // 0))
+
+    cases = {"one fails": fail, "one lacks memory": lack_memory, "one errs": err}
+    for name, each in {"shared": compute, **cases, "after it": compute}.items():
         try:
             rows = context.share_rows(each)
             found = {key: value.tolist() for key, value in rows.items()}
             tell(name, dtype=str(rows["rows"].dtype), **found)
-        except TargetFailed as exc:
-            tell(name, error=exc.detail)
+        except Exception as exc:
+            tell(name, error=str(exc), kind=type(exc).__name__)
+
+
+def other_batches(split: HFEagle3TargetModel, rank: int, tell: Any) -> None:
+    """Each rank with a batch of its own, as a sampler that shards over this dimension gives."""
+    mine = torch.full((1, 64), rank + 1)
+    same = torch.ones(1, 64, dtype=torch.long)
+    for name, ids in (("other batches", mine), ("the same again", same)):
+        try:
+            tell(name, shape=list(split.generate_batch(ids, same, same).aux_hidden_states.shape))
+        except InvalidRequest as exc:
+            tell(name, error=str(exc))
+    if rank == 1:
+        split._is_out_of_step = True
+        try:
+            split.generate_batch(same, same, same)
+        except RuntimeError as exc:
+            tell("out of step", error=str(exc))
+    else:
+        tell("out of step")
 
 
 main(sys.argv[1])

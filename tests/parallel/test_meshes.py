@@ -83,3 +83,21 @@ def test_ranks_share_rows_and_what_is_wrong_with_one(
             assert found["ones"] == [1.0] * 6
             assert found["twos"] == [2.0] * 6
     assert [each["error"] for each in cases["one fails"]] == ["row 7 is not finite: é"] * 2
+    for name, kind, words in (
+        ("one fails", "TargetFailed", "row 7"),
+        ("one lacks memory", "OutOfMemoryError", "can't allocate memory"),
+        ("one errs", "RuntimeError", "ZeroDivisionError on a rank"),
+    ):
+        for found in cases[name]:
+            assert found["kind"] == kind
+            assert words in found["error"]
+
+
+def test_ranks_that_come_with_different_batches_are_told_so(
+    cases: dict[str, list[dict[str, Any]]],
+) -> None:
+    """Their keys would be mixed without a word; and they can go on with one batch."""
+    for rank, found in enumerate(cases["other batches"]):
+        assert f"rank {rank} of the context-parallel mesh has another batch" in found["error"]
+    assert [found["shape"] for found in cases["the same again"]] == [[1, 64, 144]] * 2
+    assert "out of step" in cases["out of step"][1]["error"]

@@ -153,7 +153,8 @@ def command(checkpoint: Path, urls_file: Path) -> Iterator[Command]:
     port = two_free_ports()
     started = Command(
         checkpoint, "--replicas", 2, "--port", port, "--device", "cpu", "--urls-file", urls_file,
-        EAGLE3_TOKEN=TOKEN,
+        # Longer than the three seconds after which a handler of Ray's would abort.
+        EAGLE3_TOKEN=TOKEN, EAGLE3_DRAIN_DELAY_S="4",
     )  # fmt: skip
     started.port = port
     try:
