@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.generated import with_parts
+
 from eagle3_schemas.capture import DRAFT_VOCAB_OUTPUTS, OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,12 +190,7 @@ def tables() -> dict[str, str]:
 
 def with_tables(page: str) -> str:
     """Return the page with its generated parts as they are now."""
-    for name, table in tables().items():
-        begin, end = f"<!-- {name}: begin, generated -->\n", f"<!-- {name}: end -->"
-        before, _, rest = page.partition(begin)
-        _, _, after = rest.partition(end)
-        page = f"{before}{begin}\n{table}\n{end}{after}"
-    return page
+    return with_parts(page, tables())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.generated import with_parts
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "sizing.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -114,12 +116,7 @@ def _when(made: dict[str, Any]) -> str:
 
 def with_tables(page: str) -> str:
     """Return the page with its generated parts as they are now."""
-    for name, table in tables().items():
-        begin, end = f"<!-- {name}: begin, generated -->\n", f"<!-- {name}: end -->"
-        before, _, rest = page.partition(begin)
-        _, _, after = rest.partition(end)
-        page = f"{before}{begin}\n{table}\n{end}{after}"
-    return page
+    return with_parts(page, tables())
 
 
 if __name__ == "__main__":
