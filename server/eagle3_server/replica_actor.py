@@ -107,7 +107,7 @@ class Replica:
         self._told_lines += dropped + len(lines)
         ready = json.loads(self._ready) if self._ready.endswith("\n") else {}
         return {
-            "node": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            "node": ray.util.get_node_ip_address(),
             "pid": None if self._server is None else self._server.pid,
             "url": ready.get("url", ""),
             "fingerprint": ready.get("fingerprint", ""),
