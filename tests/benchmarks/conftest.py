@@ -27,7 +27,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
             command = [sys.executable, str(BENCHMARKS / "run.py"), "--quick", "--out", str(out)]
-            process = subprocess.run(command, capture_output=True, text=True, timeout=850)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=1150)
             words = process.stdout if process.returncode == 0 else f"failed\n{process.stderr}"
             printed.write_text(words)
     words = printed.read_text()

@@ -26,7 +26,7 @@ def load(out: Path, name: str) -> Any:
     return json.loads((out / f"{name}.json").read_text())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_report_has_every_row_of_design_section_9(quick_run: tuple[Path, str]) -> None:
     out, output = quick_run
     report = load(out, "report")
@@ -56,7 +56,7 @@ def test_the_report_has_every_row_of_design_section_9(quick_run: tuple[Path, str
             assert one["results"]["provenance"]["command"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_transport_times_every_path(quick_run: tuple[Path, str]) -> None:
     rounds = load(quick_run[0], "transport")["rounds"]
     assert set(rounds) == {"1", "4"}
@@ -70,7 +70,7 @@ def test_transport_times_every_path(quick_run: tuple[Path, str]) -> None:
             assert all(seconds > 0 for seconds in values["seconds"])
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_links_are_not_exceeded_and_bytes_are_those_of_the_design(
     quick_run: tuple[Path, str],
 ) -> None:
