@@ -10,7 +10,7 @@ import torch
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.config import ServerSettings, nearest_variable, unknown_variables
 from eagle3_server.listening import is_loopback
-from eagle3_server.quantization import PACKAGE_OF, need_package
+from eagle3_server.quantization import NOT_SHARDED, PACKAGE_OF, need_package
 from eagle3_server.replicas import check_replicas
 
 
@@ -36,6 +36,8 @@ def check_settings(settings: ServerSettings) -> None:
             "layers on the devices of one: give one of them"
         )
     if settings.quantization is not None:
+        if settings.tp > 1:
+            raise InvalidRequest(NOT_SHARDED)
         if settings.model.endswith(".gguf"):
             raise InvalidRequest(
                 "a .gguf file is quantised already, and transformers expands it to --dtype; serve "

@@ -16,7 +16,12 @@ from eagle3_server.config import ServerSettings
 from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.group import Group, GroupBroken
 from eagle3_server.placement import DeviceMap, only_cpu, parse_device_map
-from eagle3_server.quantization import check_checkpoint, check_share, quantization_config
+from eagle3_server.quantization import (
+    NOT_SHARDED,
+    check_checkpoint,
+    check_share,
+    quantization_config,
+)
 from eagle3_server.sharding import is_sharded
 from eagle3_server.transformers_target import TransformersTarget
 
@@ -68,6 +73,8 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     if shards is not None:
         if "gguf_file" in extra:
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
+        if settings.quantization is not None:
+            raise InvalidRequest(NOT_SHARDED)
         extra["distributed_config"] = DistributedConfig(tp_size=shards.size, tp_plan="auto")
     if settings.quantization is not None:
         if "gguf_file" in extra:
@@ -90,11 +97,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             auto_class = _auto_class(config)
             is_quantized |= check_checkpoint(config, settings.quantization)
         if is_quantized and shards is not None:
-            raise InvalidRequest(
-                "quantised weights cannot be sharded, be it by --quantization or in the "
-                "checkpoint; serve them without --tp, or lay the layers on several devices "
-                "(--device-map)"
-            )
+            raise InvalidRequest(NOT_SHARDED)
         if device_map is None and is_quantized and shards is None:
             device_map = {"": str(device)}  # such weights are put in place as they are read
         if device_map is not None:

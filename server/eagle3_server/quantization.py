@@ -29,6 +29,11 @@ PACKAGE_OF: Final[dict[Quantization, str]] = {
 }
 """What each quantisation at load needs."""
 
+NOT_SHARDED: Final = (
+    "quantised weights cannot be sharded, be it by --quantization or in the checkpoint; serve them "
+    "without --tp, or lay the layers on several devices (--device-map)"
+)
+
 logger = logging.getLogger(__name__)
 
 _SAME = {torch.float32: 1e-4}  # largest relative difference that is rounding

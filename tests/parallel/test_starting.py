@@ -32,6 +32,15 @@ REFUSED: list[tuple[dict[str, str], tuple[str, ...], str]] = [
     ({"EAGLE3_TP": "0"}, (), "setting tp "),
     ({}, ("--cp", "2"), "--tp 2 and --cp 2 cannot be had together"),
     ({"EAGLE3_TP": "1"}, ("--cp", "2", "--device", "cuda"), "--cp 2 needs as many GPUs"),
+    ({"EAGLE3_TP": "1"}, ("--device", "cuda:1"), "--device cuda:1 needs a GPU, and torch"),
+    ({}, ("--quantization", "bnb-nf4"), "quantised weights cannot be sharded"),
+    ({}, ("--device-map", "auto"), "--tp 2 runs a target in several processes"),
+    ({}, ("--replicas", "2", "--device-map", "auto"), "--tp 2 runs a target in several processes"),
+    (
+        {"EAGLE3_TP": "1"},
+        ("--replicas", "2", "--device-map", "auto"),
+        "--replicas gives each replica a GPU",
+    ),
 ]
 
 

@@ -75,6 +75,12 @@ def test_quantised_weights_are_not_sharded(checkpoint: Path) -> None:
         load_target(settings, group)
 
 
+def test_neither_is_a_checkpoint_that_is_quantised(checkpoint: Path, tmp_path: Path) -> None:
+    path, group = quantised(checkpoint, tmp_path / "q", quant_method="gptq", bits=4), OfTwo()
+    with pytest.raises(InvalidRequest, match=r"cannot be sharded, be it .* in the checkpoint"):
+        load_target(ServerSettings(model=str(path), tp=2), group)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("quantization", "method"),
     [("bnb-nf4", "bitsandbytes"), ("bnb-int8", "bitsandbytes"), ("torchao-int8", "torchao")],
