@@ -47,3 +47,7 @@ def set_up_logging(log_format: Literal["console", "json"]) -> None:
         formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # transformers imports it where it is installed, and it warns of kernels that it lacks.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # ... and makes torch warn of its enums.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
