@@ -139,6 +139,9 @@ class Fleet:
         if report["code"] is not None:
             self._ended(seat, report["code"])
         elif report["pid"] is None:
+            if seat.runs and not self._stops_by:  # Ray has restarted the actor while it was silent
+                self._count(seat, "its actor is gone, and its server with it")
+                seat.runs = False
             if not self._stops_by and time.monotonic() >= seat.starts_at:
                 told = self._told(seat, report["node"])
                 threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}

@@ -109,6 +109,17 @@ def test_an_actor_that_does_not_answer_for_a_moment_is_still_stopped(caplog: Any
     assert "is gone" not in caplog.text
 
 
+def test_an_actor_that_comes_back_without_its_server_starts_another(caplog: Any) -> None:
+    def vanish(actor: Actor) -> None:
+        actor.pid = None
+        raise ActorUnavailableError("for a moment")
+
+    actor = Actor({4: vanish})
+    assert run(actor, lambda: actor.starts == 2 and actor.looked > 8) == 0
+    assert actor.stops == 1
+    assert "its actor is gone, and its server with it; Ray starts it again" in caplog.text
+
+
 def test_a_server_that_ends_as_soon_as_it_is_ready_is_not_started_for_ever(caplog: Any) -> None:
     def end(actor: Actor) -> None:
         actor.code = -9
