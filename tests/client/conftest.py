@@ -129,3 +129,8 @@ def batches(batch_of: Any) -> list[tuple[Any, ...]]:
     """Batches whose shapes all differ."""
     lengths = [(10, 7, 4), (3,), (1, 1), (12, 2), (5, 5, 5, 1), (8,), (9, 3)]
     return [tuple(batch_of(131, shape, seed=i)) for i, shape in enumerate(lengths)]
+
+
+def out_of(backend: Any) -> list[str]:
+    members = backend._dispatcher.fleet.members
+    return [member.connection.url for member in members.all if member.is_out]
