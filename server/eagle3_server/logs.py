@@ -47,6 +47,8 @@ def set_up_logging(log_format: Literal["console", "json"]) -> None:
         formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # It warns of each cast to the 16 bits that 8-bit matmuls take.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     # transformers imports it where it is installed, and it warns of kernels that it lacks.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     # ... and makes torch warn of its enums.

@@ -54,7 +54,10 @@ def parse_device_map(text: str) -> DeviceMap:
     except ValueError as exc:
         raise InvalidRequest(f"the device map is not JSON: {exc}") from exc
     if not isinstance(parsed, dict) or not parsed:
-        raise InvalidRequest("a device map in JSON is an object of module names and devices")
+        raise InvalidRequest(
+            "a device map in JSON is an object of module names and devices, such as "
+            f'{{"model.layers.0": "cuda:0"}}; got {parsed!s:.100}'
+        )
     return {str(name): _checked(name, device) for name, device in parsed.items()}
 
 
@@ -73,7 +76,10 @@ def _checked(name: str, device: object) -> str | int:
             "cpu, disk, a GPU's number, or cuda:N"
         ) from exc
     if parsed.type == "meta":
-        raise InvalidRequest(f"the device map puts {name!r} on meta, where weights have no values")
+        raise InvalidRequest(
+            f"the device map puts {name!r} on meta, where weights have no values; name cpu, disk, "
+            "a GPU's number, or cuda:N"
+        )
     if parsed.type not in ("cpu", "cuda"):
         raise InvalidRequest(
             f"the device map puts {name!r} on {device!r}; expected cpu, disk, a GPU's number, or "

@@ -62,7 +62,7 @@ def quantization_config(name: Quantization, dtype: torch.dtype) -> Any:
 
 
 def need_package(method: str) -> None:
-    """Raise InvalidRequest if a method's package is missing; quiet one that logs every matmul."""
+    """Raise InvalidRequest if a method's package is missing."""
     package, extra = _PACKAGES.get(method, (None, None))
     if package is not None and importlib.util.find_spec(package) is None:
         raise InvalidRequest(
@@ -70,8 +70,6 @@ def need_package(method: str) -> None:
             f'  pip install "eagle3-remote[server,{extra}]"\nor, from a clone\n'
             f'  pip install ".[server,{extra}]"'
         )
-    if method == "bitsandbytes":  # it warns of each cast to the 16 bits that 8-bit matmuls take
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def check_checkpoint(config: object, wanted: Quantization | None) -> bool:
