@@ -203,23 +203,27 @@ def _url_of(listener: socket.socket) -> str:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as `save_pretrained` leaves it; two ranks can share it, its vocab unevenly."""
+    """A tiny Llama that two ranks can share, its vocab unevenly."""
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def save_tiny_llama(path: Path, *, seed: int = 0, **sizes: Any) -> Path:
+    """Save a random Llama as `save_pretrained` does; `sizes` are of its config."""
     import torch
     import transformers
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=7,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=131,
-        initializer_range=0.2,
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    torch.manual_seed(seed)
+    tiny = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 131,
+        "initializer_range": 0.2,
+    }
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**(tiny | sizes))).save_pretrained(path)
     return path
 
 

@@ -143,14 +143,16 @@ def other_batches(split: HFEagle3TargetModel, rank: int, tell: Any) -> None:
             tell(name, shape=list(split.generate_batch(ids, same, same).aux_hidden_states.shape))
         except InvalidRequest as exc:
             tell(name, error=str(exc))
-    if rank == 1:
-        split._is_out_of_step = True
+    errors = []
+    # On both ranks, before either waits for the other in a layer.
+    handle = split.model.register_forward_pre_hook(lambda *_: 1 // 0)
+    for _ in range(2):
         try:
             split.generate_batch(same, same, same)
-        except RuntimeError as exc:
-            tell("out of step", error=str(exc))
-    else:
-        tell("out of step")
+        except (ZeroDivisionError, RuntimeError) as exc:
+            errors.append(str(exc))
+        handle.remove()
+    tell("out of step", errors=errors)
 
 
 main(sys.argv[1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tests.families.full_path import make_job
+from tests.servers import save_tiny_llama
 from torch import nn
 
 from eagle3_schemas.errors import InvalidRequest
@@ -29,21 +30,8 @@ ON_DISK = {
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=L,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=V,
-        initializer_range=0.2,
-        tie_word_embeddings=request.param,
-    )
     path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return save_tiny_llama(path, tie_word_embeddings=request.param)
 
 
 def load(path: Path, **settings: Any) -> TransformersTarget:

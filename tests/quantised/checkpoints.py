@@ -9,25 +9,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.servers import save_tiny_llama
 
 V, L = 131, 7
 
 
 def save_plain(path: Path, *, tied: bool = False, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=L,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=V,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    """Of sizes that groups of 64 weights divide."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    sizes |= {"num_hidden_layers": L, "vocab_size": V}
+    return save_tiny_llama(path, seed=seed, tie_word_embeddings=tied, **sizes)
 
 
 def save_quantised(plain: Path, path: Path, config: Any) -> Path:
