@@ -133,10 +133,33 @@ def check_share(model: nn.Module, name: Quantization) -> None:
         )  # fmt: skip
 
 
+def compute_from_stored_weights(model: nn.Module) -> None:
+    """Have bitsandbytes' 4-bit layers compute from their weights as stored, on every CPU alike.
+
+    Where a CPU has AVX512-BF16, bitsandbytes 0.50 packs a layer's weights anew in its first
+    forward: scales are rounded to bfloat16, widths that 32 does not divide are refused, and the
+    next `state_dict()` leaves the layer with its scales in another order: silently wrong.
+
+    Raises:
+        InvalidRequest: a forward has packed them already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise InvalidRequest(
+                f"a forward has packed the 4-bit weights of {name} for this CPU, and they cannot "
+                "be had back as they were; load the model again, and make the target of it first"
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
 def why_not_to_trim(model: nn.Module) -> str | None:
     """Return why a position's result depends on more than rounding on the padding, or None.
 
-    Of quantised models, a probe tells: a row by itself without padding, against the row in a batch.
+    Of quantised models, their config tells if it is one of a known method, else a probe: a row by
+    itself without padding, against the row in a batch.
     Activations that are quantised over a whole batch make rows depend on one another; of those that
     are quantised token by token a rounding error becomes one of a quantisation step.
     """
@@ -147,6 +170,8 @@ def why_not_to_trim(model: nn.Module) -> str | None:
         return None
     if own.get("load_in_8bit") and float(own.get("llm_int8_threshold", 6.0)) > 0:
         return "which columns bitsandbytes keeps in 16 bits depends on all rows of a batch"
+    if _quantises_activations(own):  # a probe of random tokens may happen to show nothing
+        return "its activations are quantised, which makes steps of what was rounding"
     input_ids, attention_mask = probe_batch(model)
     layers = range(len(decoder_layers(model)))
     batch = forward_with_aux(model, input_ids, attention_mask, layers)
@@ -162,6 +187,16 @@ def why_not_to_trim(model: nn.Module) -> str | None:
     if worst <= _SAME.get(batch.aux_states[0].dtype, _SAME_HALF):
         return None
     return f"a row moves by {worst:.2g} (relative) when padding and other rows are taken away"
+
+
+def _quantises_activations(own: Mapping[str, Any]) -> bool:
+    """Whether a config says that inputs of matmuls are quantised, in the methods known here."""
+    groups = (own.get("config_groups") or {}).values()
+    return (
+        any(_as_dict(group.get("input_activations")) for group in groups)
+        or own.get("activation_scheme") is not None  # fp8
+        or (_method(own) == "torchao" and "Activation" in _in_words(own))
+    )
 
 
 def _as_dict(config: Any) -> Mapping[str, Any]:

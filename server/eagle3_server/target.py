@@ -22,6 +22,7 @@ from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.layout import decoder_layers
 from eagle3_server.packing import Packing, find_packing, forward_packed
+from eagle3_server.quantization import compute_from_stored_weights
 from eagle3_server.split_probe import ONE_BY_ONE, prove_split
 
 
@@ -45,7 +46,8 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
 
     Raises:
         InvalidRequest: bad `aux_layer_ids`, a target too shallow for the default, no decoder
-            layers found, or a model whose sequences cannot be split over `cp_mesh`.
+            layers found, a model whose sequences cannot be split over `cp_mesh`, or 4-bit weights
+            that an earlier forward has packed for this CPU.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class HFEagle3TargetModel(Eagle3TargetBackend):
         )
         # Frozen, as the served one is: torch takes another matmul for weights that need gradients,
         # under no_grad too, which may round differently.
+        compute_from_stored_weights(model)
         self.model = model.eval().requires_grad_(False)
         self._packing: Packing | None = None
         self._context: ContextParallel | None = None

@@ -15,8 +15,8 @@ V, L = 131, 7
 
 
 def save_plain(path: Path, *, tied: bool = False, seed: int = 0) -> Path:
-    """Of sizes that groups of 64 weights divide."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    """Of sizes that groups of 64 weights divide, row by row."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
     sizes |= {"num_hidden_layers": L, "vocab_size": V}
     return save_tiny_llama(path, seed=seed, tie_word_embeddings=tied, **sizes)
 
