@@ -1,26 +1,31 @@
-"""What only a GPU can show, in one command of under nine minutes: ``python benchmarks/gpu.py``.
+"""What only a GPU can show, in one command of about four minutes: ``python benchmarks/gpu.py``.
 
-An 8B-shaped Llama with random weights in bfloat16: bare forward, served tokens/s and MFU, peak
-memory, copy rates from pinned and pageable memory, the peer on the same card, bit-equality of
-`logits` and `probs` under exact=True, and the distance of `hidden`. ``--quick --device cpu`` runs
-the same code in small, as a test does.
+First the tests of `tests/gpu`. Then an 8B-shaped Llama with random weights in bfloat16: bare
+forward, served tokens/s and MFU, chunks of the head, peak memory, copy rates from pinned and
+pageable memory, the co-located path on the same card, bit-equality of `logits` and `probs` under
+exact=True, and the distance of `hidden`. ``--quick --device cpu`` runs the same code in small,
+without the tests, as a test does.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from functools import partial
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from children import Child
 from common import (
     MIB,
+    REPOSITORY,
     add_output_options,
-    in_flight,
     interleaved,
     provenance,
     publish,
@@ -29,12 +34,10 @@ from common import (
 from gpu_report import Shape, tables, verdicts
 from gpu_two import two_gpus
 from head_model import Vocab, colocated, covering_vocab
-from simulated import rebuild_elsewhere
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.host_buffers import HostBuffers
 from eagle3_server import TransformersTarget
 from eagle3_server.engine import SupervisionJob
@@ -49,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output_options(parser)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--pytest-args", default="", help="of the tests, such as -n8")
     arguments = parser.parse_args(words)
     device, shape = torch.device(arguments.device), QUICK if arguments.quick else Shape()
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    checks = tests(arguments.pytest_args) if device.type == "cuda" else "not run: no GPU"
     model = make_model(shape, device)
     batch = make_batch(shape)
     with torch.no_grad():
@@ -61,9 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {
         "provenance": provenance("gpu.py", words),
         "card": card,
+        "tests": checks,
         "shape": asdict(shape),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": speed(target, model, vocab, batch, shape, device),
+        "chunks": chunks(model, vocab, batch, device),
         "peak_mib": peaks(target, model, vocab, batch, device),
         "copy_gb_s": copy_rates(device, 1 << (20 if arguments.quick else 28)),
         "equality": equality(target, model, vocab, batch, device),
@@ -75,7 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     results["verdicts"] = verdicts(results["seconds"], shape)
     publish(arguments.out, "gpu", f"On one {card}", results, tables(results, shape))
-    return 0
+    return 1 if "failed" in checks or "error" in checks else 0
+
+
+def tests(arguments: str) -> str:
+    """Run the tests that need a GPU; what pytest says of them in the end."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", *arguments.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    return done.stdout.strip().splitlines()[-1].strip("= ")
 
 
 def make_model(shape: Shape, device: torch.device) -> LlamaForCausalLM:
@@ -159,20 +174,48 @@ def speed(
         "co-located": beside,
     }
     seconds = interleaved(cases, 3)
-    original = ENCODINGS["hidden"]
-    rebuild_elsewhere()  # a trainer has a card of its own; on this one it would cost the target
-    try:
-        with served(target, 600) as url, RemoteEagle3Backend(url, max_in_flight=4) as backend:
-            backend.set_vocab_mapping(*vocab)
+    with tempfile.TemporaryDirectory() as folder, served(target, 600) as url:
+        file = Path(folder, "batch.pt")
+        torch.save({"batch": tuple(batch), "vocab": vocab}, file)
+        with Child(
+            [str(Path(__file__).with_name("gpu_client.py")), url, str(file), str(device)], threads=4
+        ) as one:
             for depth in (2, 4):
-                times = []
-                for _ in in_flight(backend, [batch] * (shape.batches + 2), depth):
-                    times.append(time.perf_counter())
-                steady = pairwise(times[1:])
-                seconds[f"served, prefetch {depth}"] = [after - at for at, after in steady]
-    finally:
-        ENCODINGS["hidden"] = original
+                times = one.ask("take", depth=depth, count=shape.batches)
+                seconds[f"served, prefetch {depth}"] = times
     return seconds
+
+
+def chunks(
+    model: Any, vocab: Vocab, batch: TokenBatch, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Return milliseconds and device memory of supervision by `head_chunk_bytes`."""
+    sizes = (64, 256, 512, 1024) if device.type == "cuda" else (64,)
+    targets = {
+        f"{mib} MiB": TransformersTarget(model, model_id="chunks", head_chunk_bytes=mib * MIB)
+        for mib in sizes
+    }
+
+    def supervise(target: TransformersTarget) -> None:
+        target.supervise(job_of(batch, vocab, target))
+        synchronize(device)
+
+    seconds = interleaved({n: partial(supervise, t) for n, t in targets.items()}, 3)
+    found = {name: {"ms": 1000 * median(values)} for name, values in seconds.items()}
+    for name, target in targets.items():
+        found[name]["MiB"] = peak_mib(device, partial(supervise, target))
+    return found
+
+
+def peak_mib(device: torch.device, run: Callable[[], object]) -> float:
+    """Return the device memory that a call takes above what there is; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
 def peaks(
@@ -184,17 +227,10 @@ def peaks(
     job = job_of(batch, vocab, target)
     on_device = TokenBatch(*(tensor.to(device) for tensor in batch))
     full = colocated(model, tuple(t.to(device) for t in vocab), target.describe().aux_layer_ids)
-    found = {}
-    for name, run in (
-        ("ours", lambda: target.supervise(job)),
-        ("co-located", lambda: full(on_device)),
-    ):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        found[name] = (torch.cuda.max_memory_allocated(device) - before) / MIB
-    return found
+    return {
+        "ours": peak_mib(device, lambda: target.supervise(job)),
+        "co-located": peak_mib(device, lambda: full(on_device)),
+    }
 
 
 def copy_rates(device: torch.device, nbytes: int) -> dict[str, list[float]]:

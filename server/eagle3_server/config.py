@@ -93,10 +93,10 @@ class ServerSettings(BaseSettings):
     """Largest B * T of one request, padding included. Who has memory for more, or for less."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
     """Largest request body, bytes. Who registers draft vocabs of more than 8 million ids."""
-    head_chunk_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024 * 1024
-    """Memory the full-vocab logits of one chunk of rows may take, bytes; a plain head on the CPU
-    takes 4 MiB at most, which stay in the cache. Who is short of device memory, or has a GPU that
-    larger matmuls keep busier."""
+    head_chunk_bytes: Annotated[int, Field(ge=1024)] | None = None
+    """Memory the full-vocab logits of one chunk of rows may take, bytes; None is 256 MiB on a GPU
+    and 64 MiB elsewhere, where a plain head takes 4 MiB at most, which stay in the cache. Who is
+    short of device memory."""
     max_queued_requests: Annotated[int, Field(ge=1)] = 64
     """Requests that may wait for the model. Who has more than 32 trainers on one server."""
     max_tokens_in_flight: Annotated[int, Field(ge=1)] = 1 << 20

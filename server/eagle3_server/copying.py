@@ -34,14 +34,16 @@ class HostCopier:
         is used again when the last view of the copies has died. Constant tensors that lie in host
         memory already are passed on as they are.
         """
-        tensors = {name: tensor.contiguous() for name, tensor in result.tensors.items()}
+        tensors = result.tensors
         if self._stream is None:
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
             copies = tensors if result.is_constant else self._copied(tensors)
             sums = checksums(list(tensors.values()))
         else:
             with torch.cuda.stream(self._stream):
                 if result.ready is not None:
                     self._stream.wait_event(result.ready)
+                tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
                 copies = self._copied(tensors)
                 sums = checksums(list(tensors.values()))  # waits for the stream, copies included
         return HostTensors(copies, dict(zip(tensors, sums, strict=True)))

@@ -13,7 +13,10 @@ from eagle3_schemas.errors import TargetFailed
 from eagle3_schemas.host_zeros import host_zeros
 from eagle3_schemas.messages import Rows
 
-_ENCODED_ROWS = 64  # encoded at once: bounds the copies of their draft-vocab logits
+# Encoded at once: bounds the copies of their draft-vocab logits. Each block makes a GPU wait for
+# the host, which learns there how many of its rows are sent.
+_ENCODED_ROWS = 64
+_ENCODED_ROWS_ON_GPU = 1024
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def supervise_rows(
     place = order.argsort()
     sent: torch.Tensor | None = None
     count = 0
+    at_once = _ENCODED_ROWS if source.device.type == "cpu" else _ENCODED_ROWS_ON_GPU
     for chunk in torch.split(positions, source.chunk_rows):  # no positions: one empty chunk
         top: Top | None = None
         draft_logits = torch.empty(0)
@@ -107,8 +111,8 @@ def supervise_rows(
         hit = selected_token_mask[top.ids]
         in_vocab[chunk] = hit
         wanted = hit if rows == "position_mask" else torch.ones_like(hit)
-        for begin in range(0, chunk.numel(), _ENCODED_ROWS):
-            block = slice(begin, begin + _ENCODED_ROWS)
+        for begin in range(0, chunk.numel(), at_once):
+            block = slice(begin, begin + at_once)
             kept = chunk[block][wanted[block]]
             if needs_draft_logits:
                 part = draft_logits[block]

@@ -38,7 +38,7 @@ from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
 from eagle3_server.layout import decoder_layers
 from eagle3_server.packing import find_packing
 from eagle3_server.placement import device_of, weights_of
-from eagle3_server.quantization import why_not_to_trim
+from eagle3_server.quantization import compute_from_stored_weights, why_not_to_trim
 from eagle3_server.running import JobRunner, aux_names, check_finite
 from eagle3_server.sharding import is_sharded, whole
 from eagle3_server.split_probe import ONE_BY_ONE, prove_split
@@ -62,7 +62,8 @@ class TransformersTarget:
         tokenizer_digest: of the checkpoint's tokenizer, or None.
         aux_layer_ids: layers used when a request names none; the default is the EAGLE-3 rule, or
             nothing if the target is too shallow for it.
-        head_chunk_bytes: memory the full-vocab logits of a chunk of rows may take.
+        head_chunk_bytes: memory the full-vocab logits of a chunk of rows may take; None is 256 MiB
+            on a GPU and 64 MiB elsewhere.
         context: ranks to split each sequence over, all of which do the same with this target.
 
     Raises:
@@ -78,9 +79,10 @@ class TransformersTarget:
         revision: str | None = None,
         tokenizer_digest: str | None = None,
         aux_layer_ids: Sequence[int] | None = None,
-        head_chunk_bytes: int = 64 * 1024 * 1024,
+        head_chunk_bytes: int | None = None,
         context: ContextParallel | None = None,
     ) -> None:
+        compute_from_stored_weights(model)
         self._model = model.eval().requires_grad_(False)
         num_layers = len(decoder_layers(model))
         if aux_layer_ids is not None:
@@ -93,6 +95,10 @@ class TransformersTarget:
         self._on_device: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         # Where inputs go, and where results are brought to from wherever a part of the model is.
         self._device = device_of(self._embeddings())
+        if head_chunk_bytes is None:
+            # A GPU's chunk has a thousand rows at V = 128k in bfloat16: with fewer, reading the
+            # head's weights takes longer than the matmul (benchmarks/results/gpu.md).
+            head_chunk_bytes = (64 if self._device.type == "cpu" else 256) * 1024 * 1024
         probe = forward_with_aux(model, *probe_batch(model), range(num_layers))
         vocab_size = probe.logits.shape[-1]
         self._head: RowsHead | None = None
