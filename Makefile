@@ -29,7 +29,7 @@ test: lint
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all:
-	@$(PYTHON) tools/set_up.py dev demo peer ray quantised
+	@$(PYTHON) tools/set_up.py dev containers demo peer ray quantised
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
 soak: setup

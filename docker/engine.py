@@ -47,8 +47,13 @@ def need(*tools: str) -> None:
         )
     print("  apt-get install", *missing, flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    deadline = time.monotonic() + 300  # another apt-get may hold apt's locks
     for command in (["apt-get", "update", "-q"], install):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        while True:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if "Could not get lock" not in done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(1)
         if done.returncode != 0:
             said = (done.stdout + done.stderr)[-2000:]
             raise SystemExit(f"{', '.join(missing)} cannot be installed: {said}")
