@@ -66,6 +66,16 @@ def test_the_build_sees_only_what_it_copies(dockerfile: str) -> None:
     assert allowed == copied
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_documented_runs_are_hardened_as_the_tried_ones_are(page: str, need: Any) -> None:
+    hardened = " ".join(sys.modules[need.__module__].HARDENED)
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    runs = re.findall(r"^\$ docker run .*", text, re.MULTILINE)
+    assert runs
+    for run in runs:
+        assert set(hardened.split()) | {"--tmpfs", "/tmp"} <= set(run.split()), run
+
+
 # --- compose ---
 
 
