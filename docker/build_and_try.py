@@ -107,11 +107,12 @@ class Trial:
     # --- checks, before anything serves ---
 
     def check_without_a_token_it_exits_and_names_the_secret(self) -> None:
-        flags = self.flags(*self.engine.hidden_network)
-        done = self.engine.run("run", "--rm", *flags, TAG, check=False, timeout=60)
-        assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr}"
+        with self.container(self.name, *self.flags(*self.engine.hidden_network)) as name:
+            code = self.engine.run("wait", name, timeout=60).stdout.strip()
+            said = self.engine.run("logs", name).stderr
+        assert code == "2", f"exit code {code}: {said}"
         for word in ("EAGLE3_TOKEN=", "EAGLE3_TOKEN_FILE", TOKEN_IN_CONTAINER):
-            assert word in done.stderr, f"{word} is not in: {done.stderr}"
+            assert word in said, f"{word} is not in: {said}"
 
     def check_with_a_token_it_listens_wide(self) -> None:
         flags = self.flags(*self.engine.hidden_network)
