@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import secrets
+import signal
 import sys
 import tempfile
 import threading
@@ -53,8 +54,6 @@ class Trial:
         for path in (folder, *folder.glob("models/**/*"), self.models, self.token_file):
             path.chmod(0o755 if path.is_dir() else 0o444)  # the container's user is another one
 
-    # --- containers ---
-
     def flags(self, *network: str) -> tuple[str, ...]:
         """Return the flags of a container as docs/operations.md runs it."""
         model = f"--volume={self.models}:/models:ro", "--env=EAGLE3_MODEL=/models/tiny-llama"
@@ -89,10 +88,9 @@ class Trial:
 
     def status_of(self, path: str, token: str | None = None) -> int | None:
         """Return the status that the server answers with, or None if it does not answer."""
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request("GET", path, headers=headers)
+            connection.request("GET", path, headers=bearer(token))
             return connection.getresponse().status
         except OSError:
             return None
@@ -103,8 +101,6 @@ class Trial:
         """Return a trainer's backend, outside of the container."""
         url = f"http://127.0.0.1:{self.port}"
         return RemoteEagle3Backend(url, token=self.token, exact=True, retry_for_s=30, **options)
-
-    # --- checks, before anything serves ---
 
     def check_without_a_token_it_exits_and_names_the_secret(self) -> None:
         with self.container(self.name, *self.flags(*self.engine.hidden_network)) as name:
@@ -156,8 +152,6 @@ class Trial:
             rest = piece[-overlap:]
         assert saving.wait() == 0, "the image could not be saved"
         return {word.decode() for word in found}
-
-    # --- checks of a server that this host reaches ---
 
     def check_it_becomes_ready_read_only(self) -> None:
         wait_for(lambda: self.status_of("/readyz") == http.client.OK, "/readyz to answer 200")
@@ -228,10 +222,15 @@ class Trial:
     def queued(self) -> float:
         """Return how many requests wait for the model."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {self.token}"})
+        connection.request("GET", "/metrics", headers=bearer(self.token))
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
         return sum(float(x.split()[1]) for x in lines if x.startswith("eagle3_queued_requests "))
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """Return the headers that carry a token."""
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def is_under_way(handle: BatchHandle) -> bool:
@@ -263,6 +262,8 @@ def main() -> int:
     parser.add_argument("--torch-index", default="", help="extra index with torch for the CPU")
     parser.add_argument("--store", type=Path, help="folder in which podman keeps layers for later")
     arguments = parser.parse_args()
+    # A plain kill ends it like an exception, so that container and folder are removed as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory(prefix="eagle3-try-") as temporary:
         folder = Path(temporary)
