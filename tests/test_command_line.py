@@ -152,12 +152,23 @@ def test_version_and_help_are_answered(arguments: list[str], words: str) -> None
     [
         ([], {"EAGLE3_PROT": "0"}, "unknown environment variables EAGLE3_PROT"),
         (["--host", "0.0.0.0"], {}, "export EAGLE3_TOKEN="),
+        (["--host", "0.0.0.0"], {}, "name it in EAGLE3_TOKEN_FILE"),
         (["--host", "::"], {"EAGLE3_TOKEN": " , "}, "--insecure"),
+        (["--host", "::"], {"EAGLE3_TOKN": "x"}, "nearest: EAGLE3_TOKEN)"),
         (["--port", "70000"], {}, "setting port"),
         (["--dtype", "int8"], {}, "setting dtype"),
         (["--aux-layer-ids", "one,two"], {}, "setting aux_layer_ids"),
     ],
-    ids=["unknown-variable", "wide-bind", "wide-bind-empty-token", "port", "dtype", "layers"],
+    ids=[
+        "unknown-variable",
+        "wide-bind",
+        "wide-bind-in-a-container",
+        "wide-bind-empty-token",
+        "wide-bind-misspelt-token",
+        "port",
+        "dtype",
+        "layers",
+    ],
 )
 def test_settings_that_must_not_be_served_are_refused_in_words(
     arguments: list[str],
@@ -176,6 +187,17 @@ def test_settings_that_must_not_be_served_are_refused_in_words(
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "absent"), *arguments])
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_a_wide_bind_asks_for_the_token_before_the_model() -> None:
+    """An image that is run with nothing says first what makes it safe."""
+    from typer.testing import CliRunner
+
+    from eagle3_client.cli import app
+
+    result = CliRunner().invoke(app, ["serve"], env={"EAGLE3_HOST": "0.0.0.0"})
+    assert result.exit_code == 2
+    assert "no token is set" in result.stderr
 
 
 def test_what_cannot_be_loaded_ends_the_process_with_the_reason(

@@ -20,6 +20,13 @@ def check_settings(settings: ServerSettings) -> None:
     Raises:
         InvalidRequest: it says what was expected and what to do.
     """
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        raise InvalidRequest(
+            f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
+            f"unset or correct them (nearest: {', '.join(map(nearest_variable, unknown))})"
+        )
+    _check_tokens(settings)
     if settings.model is None:
         raise InvalidRequest(
             "no model was named; give a hub id, a directory, or a .gguf file, as an argument or in "
@@ -52,18 +59,6 @@ def check_settings(settings: ServerSettings) -> None:
             "serve on --device cpu, or install a CUDA build of torch"
         )
     check_replicas(settings)
-    unknown = unknown_variables(os.environ)
-    if unknown:
-        raise InvalidRequest(
-            f"unknown environment variables {', '.join(unknown)}: no setting has these names; "
-            f"unset or correct them (nearest: {', '.join(map(nearest_variable, unknown))})"
-        )
-    try:
-        has_tokens = bool(settings.tokens())
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidRequest(f"cannot read --token-file {settings.token_file}: {exc}") from exc
-    if settings.token_file is not None and not has_tokens:
-        raise InvalidRequest(f"--token-file {settings.token_file} holds no token; write one a line")
     if settings.tls_certificate is not None:
         if settings.unix_socket is not None:
             raise InvalidRequest(
@@ -80,9 +75,21 @@ def check_settings(settings: ServerSettings) -> None:
             ) from exc
     elif settings.tls_key is not None:
         raise InvalidRequest("--tls-key needs --tls-certificate, its PEM certificate chain")
+
+
+def _check_tokens(settings: ServerSettings) -> None:
+    """Refuse tokens that cannot be read, and a wide bind without one."""
+    try:
+        has_tokens = bool(settings.tokens())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"cannot read --token-file {settings.token_file}: {exc}") from exc
+    if settings.token_file is not None and not has_tokens:
+        raise InvalidRequest(f"--token-file {settings.token_file} holds no token; write one a line")
     if not (is_loopback(settings.host) or has_tokens or settings.insecure):
         raise InvalidRequest(
             f"--host {settings.host} lets other hosts in, and no token is set. Run\n"
             "  export EAGLE3_TOKEN=$(python3 -c 'import secrets; print(secrets.token_hex(16))')\n"
-            "and give trainers the same variable; or add --insecure on a network of your own"
+            "and give trainers the same variable. In a container, pass it on (--env EAGLE3_TOKEN), "
+            "or mount the secret as a file and name it in EAGLE3_TOKEN_FILE, such as "
+            "/run/secrets/eagle3_token. Or add --insecure on a network of your own"
         )
