@@ -1,4 +1,4 @@
-"""Bearer tokens: on every path but the two probes, from a file or the environment, never told."""
+"""Bearer tokens: on every path but the probes and the page, from files or the environment."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ GUARDED = [
     ("GET", "/v1/head"),
     ("POST", "/v1/supervision"),
     ("POST", "/v1/capture"),
+    ("POST", "/v1/inspect"),
     ("GET", "/no-such-path"),
 ]
 WRONG = [
