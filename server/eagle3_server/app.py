@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,6 +38,7 @@ from eagle3_schemas.protocol import (
     INSPECT_PATH,
     METRICS_PATH,
     MODEL_PATH,
+    PAGE_PATH,
     READY_PATH,
     STATUS_PATH,
     SUPERVISION_PATH,
@@ -51,6 +52,7 @@ from eagle3_server.engine import DeviceTensors, HostTensors, Job, Target, Target
 from eagle3_server.inspecting import TokenTexts, inspect_text
 from eagle3_server.loading import load_tokenizer
 from eagle3_server.openapi import GIVES_FRAME, PROBLEMS, TAKES_FRAME, TAKES_TEXT, needs_token
+from eagle3_server.page import page_response
 from eagle3_server.record import TokenCounts, record_of
 from eagle3_server.response_size import (
     capture_bytes,
@@ -127,6 +129,11 @@ def create_app(
         """The target is loaded and requests are served; else 503 with the reason."""
         service.loaded()
         return {"status": "ready"}
+
+    @app.get(PAGE_PATH, response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        """The page for people: a shell without data, which asks for the token."""
+        return page_response()
 
     @app.get(MODEL_PATH, dependencies=guarded)
     async def model() -> ModelInfo:
