@@ -78,7 +78,8 @@ def main() -> int:
         )
     elif torch is not None:
         print(f"  uses the torch {torch[0]} that {sys.executable} has")
-    size_mb = 120 + 85 * ("peer" in groups) + 80 * ("ray" in groups) + 50 * ("quantised" in groups)
+    sizes = {"page": 50, "peer": 85, "ray": 80, "quantised": 50}
+    size_mb = 120 + sum(size for group, size in sizes.items() if group in groups)
     print(f"  downloads up to {size_mb} MB of other packages, less what pip has cached", flush=True)
     if not venv_python().exists():
         venv.EnvBuilder(with_pip=True, upgrade_deps=False).create(VENV)
