@@ -9,7 +9,7 @@ PYTEST := $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist l
 help:
 	@echo "make demo      serve a real target, train a small draft against it, plot the losses"
 	@echo "make test      lint, types, and all tests that need only pip"
-	@echo "make test-all  what needs more: real weights, the peer's package, Ray, a container"
+	@echo "make test-all  what needs more: real weights, peers, Ray, a container, a browser"
 	@echo "make soak      50,000 examples a property, a million frames, 50,000 requests, 100 kills"
 	@echo "PYTHON=...     interpreter to build .venv/ with; its torch is reused if it has one"
 
@@ -29,7 +29,7 @@ test: lint
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all:
-	@$(PYTHON) tools/set_up.py dev containers demo peer ray quantised
+	@$(PYTHON) tools/set_up.py dev containers demo page peer ray quantised
 	$(PYTEST) -m "slow and not gpu" $(PYTEST_ARGS)
 
 soak: setup

@@ -62,11 +62,14 @@ def test_a_wheel_holds_the_three_packages_and_nothing_else_at_the_top(wheel: lis
 
 
 @pytest.mark.parametrize("home", ["proto_schemas", "client", "server"])
-def test_a_wheel_holds_every_module_and_the_typing_marker(wheel: list[str], home: str) -> None:
+def test_a_wheel_holds_every_module_the_typing_marker_and_the_page(
+    wheel: list[str], home: str
+) -> None:
     source = ROOT / home
     modules = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
     package = modules.copy().pop().split("/")[0]
-    assert modules | {f"{package}/py.typed"} == {
+    others = {"page.html", "py.typed"} if home == "server" else {"py.typed"}
+    assert modules | {f"{package}/{name}" for name in others} == {
         name for name in wheel if name.startswith(f"{package}/")
     }
 

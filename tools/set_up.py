@@ -78,7 +78,7 @@ def main() -> int:
         )
     elif torch is not None:
         print(f"  uses the torch {torch[0]} that {sys.executable} has")
-    sizes_mb = {"containers": 35, "peer": 85, "quantised": 50, "ray": 80}
+    sizes_mb = {"containers": 35, "page": 50, "peer": 85, "quantised": 50, "ray": 80}
     size_mb = 120 + sum(sizes_mb.get(group, 0) for group in groups)
     print(f"  downloads up to {size_mb} MB of other packages, less what pip has cached", flush=True)
     if not venv_python().exists():

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.errors import InvalidRequest, MalformedPayload
 from eagle3_schemas.protocol import PROTOCOL_VERSION, REQUEST_ID_PATTERN
 
 Rows = Literal["position_mask", "loss_mask", "all"]
@@ -48,11 +48,29 @@ def parse(kind: type[AnyMessage], fields: object) -> AnyMessage:
             }
         )
     except ValidationError as exc:
-        problems = "; ".join(
-            f"{'.'.join(map(str, error['loc'])) or 'message'}: {error['msg']}"
-            for error in exc.errors(include_url=False, include_input=False)
-        )
-        raise InvalidRequest(f"{kind.__name__} is not valid: {problems}") from exc
+        raise InvalidRequest(_words(kind, exc)) from exc
+
+
+def parse_json(kind: type[AnyMessage], body: bytes | bytearray) -> AnyMessage:
+    """Validate a JSON text as a message, saying which field was wrong.
+
+    Raises:
+        MalformedPayload: not JSON.
+        InvalidRequest: not a map, or a missing, unknown or ill-typed field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as exc:
+        is_json = all(error["type"] != "json_invalid" for error in exc.errors(include_url=False))
+        raise (InvalidRequest if is_json else MalformedPayload)(_words(kind, exc)) from exc
+
+
+def _words(kind: type[Message], exc: ValidationError) -> str:
+    problems = "; ".join(
+        f"{'.'.join(map(str, error['loc'])) or 'message'}: {error['msg']}"
+        for error in exc.errors(include_url=False, include_input=False)
+    )
+    return f"{kind.__name__} is not valid: {problems}"
 
 
 class BatchRequest(Message):
@@ -212,19 +230,52 @@ class RecentError(Message):
     seconds_ago: float
 
 
+class StageStatus(Message):
+    """How long the last requests (256 at most) spent in a stage."""
+
+    requests: Count
+    median_s: float
+    p90_s: float
+    longest_s: float
+
+
+class DraftVocabInfo(Message):
+    """A registered draft vocab."""
+
+    digest: Digest
+    draft_vocab_size: Count
+
+
 class ServerStatus(Message):
     """What the server does now (`GET /v1/status`)."""
 
     state: str
     """`ready`, or why it is not."""
+    phase: Literal["loading", "ready", "stopping", "broken"]
+    """The same as one word."""
+    model_id: str | None
+    """What is served; None while it loads. `GET /v1/model` says more."""
     uptime_s: float
     bound_by: Literal["model", "network", "trainers"]
     """What the server waited for most in the last minute: the model (add servers, or send
     less padding), the network (another encoding, a faster link), or the trainers (all is well)."""
     bound_by_shares: dict[str, float]
     queued_requests: Count
+    max_queued_requests: Count
     tokens_in_flight: Count
+    max_tokens_in_flight: Count
     bytes_in_flight: Count
+    max_bytes_in_flight: Count
+    tokens: dict[str, int]
+    """Positions of the requests answered since the start, by kind: `sent` (padding included),
+    `real`, `supervised`, `trained`. Two statuses give a rate: their difference by that of
+    `uptime_s`."""
+    body_bytes: dict[str, int]
+    """`received` and `sent` since the start."""
+    stages: dict[str, StageStatus]
+    """By stage: `queue`, `compute`, `head`, `copy`, `send`; those that a request has passed."""
+    draft_vocabs: tuple[DraftVocabInfo, ...]
+    """Registered, the last used first."""
     padding_share: float | None
     """Share of the positions sent since the start that were padding; None before the first."""
     draft_vocab_coverage: float | None
@@ -233,11 +284,56 @@ class ServerStatus(Message):
     errors: tuple[RecentError, ...]
 
 
-class DraftVocabInfo(Message):
-    """Answer to a registered draft vocab."""
+class InspectRequest(Message):
+    """Body of `POST /v1/inspect`: a text whose tokens are to be looked at."""
 
-    digest: Digest
+    text: Annotated[str, Field(min_length=1)]
+    """As a user wrote it; the tokenizer adds special tokens as it does by default."""
+    draft_vocab_digest: Digest | None = None
+    """None: the draft vocab that was used last."""
+    top_k: Annotated[int, Field(ge=1, le=20)] = 5
+    """How many expected tokens to tell of each position."""
+
+
+class TokenText(Message):
+    """A token of the target's tokenizer."""
+
+    token_id: Count
+    token: str | None
+    """Its form in the tokenizer's vocab; None: the tokenizer does not have this id."""
+    text: str
+    """What it stands for; has U+FFFD where it is a part of a character."""
+
+
+class ExpectedToken(TokenText):
+    """A token of the draft vocab, as one that may come next."""
+
+    probability: float
+    """Softmax over the draft vocab's logits alone."""
+
+
+class InspectedToken(TokenText):
+    """A token of the text, and what the target expects after it."""
+
+    next_expected: tuple[ExpectedToken, ...]
+    """The likeliest of the draft vocab, likeliest first."""
+    next_entropy_nats: float
+    """Of the distribution over the draft vocab; at most ln D."""
+    next_argmax: TokenText
+    """The likeliest of all V tokens."""
+    next_argmax_in_draft_vocab: bool
+    """Whether a draft is trained here (`position_mask`), were the next token supervised."""
+
+
+class InspectResponse(Message):
+    """Answer to `POST /v1/inspect`."""
+
+    request_id: RequestId
+    fingerprint: str
+    draft_vocab_digest: Digest
     draft_vocab_size: Count
+    tokens: tuple[InspectedToken, ...]
+    """One for each token of the text, special ones included."""
 
 
 class Problem(BaseModel):

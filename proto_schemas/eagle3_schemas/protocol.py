@@ -9,11 +9,15 @@ PROTOCOL_VERSION: Final = 1
 
 FRAME_MEDIA_TYPE: Final = "application/vnd.eagle3-remote.frame"
 PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
+JSON_MEDIA_TYPE: Final = "application/json"
 
 HEALTH_PATH: Final = "/healthz"
 READY_PATH: Final = "/readyz"
 PROBE_PATHS: Final = (HEALTH_PATH, READY_PATH)
 """Asked for every few seconds, without a token."""
+PAGE_PATH: Final = "/"
+OPEN_PATHS: Final = (*PROBE_PATHS, PAGE_PATH)
+"""What answers without a token; none of it tells of the target."""
 MODEL_PATH: Final = "/v1/model"
 DRAFT_VOCAB_PATH: Final = "/v1/draft-vocabs/{digest}"
 DRAFT_HEAD_PATH: Final = "/v1/draft-vocabs/{digest}/head"
@@ -23,6 +27,7 @@ SUPERVISION_PATH: Final = "/v1/supervision"
 CAPTURE_PATH: Final = "/v1/capture"
 BATCH_PATHS: Final = (SUPERVISION_PATH, CAPTURE_PATH)
 """Where batches are computed."""
+INSPECT_PATH: Final = "/v1/inspect"
 
 STATUS_PATH: Final = "/v1/status"
 METRICS_PATH: Final = "/metrics"

@@ -16,6 +16,7 @@ from eagle3_schemas.protocol import (
     PROBE_PATHS,
     REQUEST_ID_HEADER,
     SERVER_TIMING_HEADER,
+    STATUS_PATH,
 )
 from eagle3_server.asgi import problem_response
 from eagle3_server.record import RequestRecord
@@ -96,9 +97,9 @@ class Accounting:
             # Not what the client made up: each path becomes a metric of its own.
             path = getattr(scope.get("route"), "path", "unknown")
             telemetry.end(record, path)
-            is_probe = path in PROBE_PATHS  # every few seconds
+            is_polled = path in (*PROBE_PATHS, METRICS_PATH, STATUS_PATH)  # every few seconds
             logger.log(
-                logging.DEBUG if is_probe or path == METRICS_PATH else _level(status),
+                logging.DEBUG if is_polled else _level(status),
                 "request",
                 extra={"fields": record.summary(path, status)},
             )

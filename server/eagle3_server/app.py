@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -23,6 +23,7 @@ from eagle3_schemas.messages import (
     BatchRequest,
     DraftHeadFields,
     DraftVocabInfo,
+    InspectResponse,
     ModelInfo,
     ServerStatus,
     SupervisionResponse,
@@ -34,8 +35,10 @@ from eagle3_schemas.protocol import (
     DRAFT_VOCAB_PATH,
     EMBEDDINGS_PATH,
     HEALTH_PATH,
+    INSPECT_PATH,
     METRICS_PATH,
     MODEL_PATH,
+    PAGE_PATH,
     READY_PATH,
     STATUS_PATH,
     SUPERVISION_PATH,
@@ -46,7 +49,10 @@ from eagle3_server.admission import admit_capture, admit_draft_vocab, admit_supe
 from eagle3_server.asgi import FrameResponse, TokenGuard, problem_response, read_frame_body
 from eagle3_server.config import ServerSettings
 from eagle3_server.engine import DeviceTensors, HostTensors, Job, Target, TargetDescription
-from eagle3_server.openapi import GIVES_FRAME, PROBLEMS, TAKES_FRAME, needs_token
+from eagle3_server.inspecting import TokenTexts, inspect_text
+from eagle3_server.loading import load_tokenizer
+from eagle3_server.openapi import GIVES_FRAME, PROBLEMS, TAKES_FRAME, TAKES_TEXT, needs_token
+from eagle3_server.page import page_response
 from eagle3_server.record import TokenCounts, record_of
 from eagle3_server.response_size import (
     capture_bytes,
@@ -87,6 +93,7 @@ def create_app(
     service = Service(target, settings)
     tokens = settings.tokens()
     guarded = needs_token(tokens)
+    texts = TokenTexts(lambda: load_tokenizer(settings))
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -122,6 +129,11 @@ def create_app(
         """The target is loaded and requests are served; else 503 with the reason."""
         service.loaded()
         return {"status": "ready"}
+
+    @app.get(PAGE_PATH, response_class=HTMLResponse)
+    async def page() -> HTMLResponse:
+        """The page for people: a shell without data, which asks for the token."""
+        return page_response()
 
     @app.get(MODEL_PATH, dependencies=guarded)
     async def model() -> ModelInfo:
@@ -260,5 +272,10 @@ def create_app(
             draft_vocab_digest=request.draft_vocab_digest,
         )
         return FrameResponse(encode(response.model_dump(), result.tensors, result.checksums))
+
+    @app.post(INSPECT_PATH, openapi_extra=TAKES_TEXT, dependencies=guarded)
+    async def inspect(request: Request) -> InspectResponse:
+        """A text's tokens, each with what the target expects after it. For people, not trainers."""
+        return await inspect_text(service, texts, request)
 
     return app

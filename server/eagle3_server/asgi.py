@@ -27,7 +27,8 @@ from eagle3_schemas.errors import (
 from eagle3_schemas.frame import EncodedFrame
 from eagle3_schemas.protocol import (
     FRAME_MEDIA_TYPE,
-    PROBE_PATHS,
+    JSON_MEDIA_TYPE,
+    OPEN_PATHS,
     PROBLEM_MEDIA_TYPE,
 )
 from eagle3_server.budget import Budget
@@ -47,9 +48,25 @@ async def read_frame_body(request: Request, max_body_bytes: int, budget: Budget)
         QueueFull: the budget has no room for it now.
         ClientDisconnect: the client went away while sending.
     """
+    remedy = "Send smaller batches, or raise the limit on the server (EAGLE3_MAX_BODY_BYTES)"
+    return await _read_body(
+        request, FRAME_MEDIA_TYPE, max_body_bytes, f"(max_body_bytes); got {{}}. {remedy}", budget
+    )
+
+
+async def read_json_body(request: Request, max_body_bytes: int, budget: Budget) -> bytearray:
+    """Receive a JSON text; as `read_frame_body`."""
+    return await _read_body(
+        request, JSON_MEDIA_TYPE, max_body_bytes, "here; got {}. Send less text", budget
+    )
+
+
+async def _read_body(
+    request: Request, expected: str, max_body_bytes: int, words: str, budget: Budget
+) -> bytearray:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip()
-    if media_type != FRAME_MEDIA_TYPE:
-        raise MalformedPayload(f"expected content-type {FRAME_MEDIA_TYPE}; got {media_type!r}")
+    if media_type != expected:
+        raise MalformedPayload(f"expected content-type {expected}; got {media_type!r}")
     coding = request.headers.get("content-encoding", "identity")
     if coding != "identity":
         raise MalformedPayload(f"expected an uncompressed body; got content-encoding {coding!r}")
@@ -58,8 +75,7 @@ async def read_frame_body(request: Request, max_body_bytes: int, budget: Budget)
         raise MalformedPayload("expected a content-length; send the body in one piece")
     if int(length) > max_body_bytes:
         raise LimitExceeded(
-            f"a request body may have {max_body_bytes} bytes (max_body_bytes); got {length}. Send "
-            "smaller batches, or raise the limit on the server (EAGLE3_MAX_BODY_BYTES)"
+            f"a request body may have {max_body_bytes} bytes {words.format(length)}"
         )
     record = record_of(request)
     record.held.enter_context(budget.reserve(record.client, int(length)))
@@ -155,7 +171,7 @@ def _problem(code: str, status: int, detail: str, request_id: str | None) -> dic
 
 
 class TokenGuard:
-    """ASGI middleware: every path but health and readiness needs a bearer token, if any is set."""
+    """ASGI middleware: every path but `OPEN_PATHS` needs a bearer token, if any is set."""
 
     def __init__(self, app: ASGIApp, tokens: tuple[str, ...]) -> None:
         self._app = app
@@ -166,7 +182,7 @@ class TokenGuard:
         if (
             scope["type"] == "http"
             and self._tokens
-            and scope["path"] not in PROBE_PATHS
+            and scope["path"] not in OPEN_PATHS
             and not self._is_known(Headers(scope=scope).get("authorization", ""))
         ):
             words = "the bearer token is none of the server's"

@@ -125,7 +125,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
         "model_id": settings.model_name
         or (Path(settings.model).name if Path(settings.model).exists() else settings.model),
         "revision": settings.revision,
-        "tokenizer_digest": _tokenizer_digest(source, extra.get("gguf_file"), **where),
+        "tokenizer_digest": _tokenizer_digest(settings),
         "aux_layer_ids": settings.aux_layer_ids,
         "head_chunk_bytes": settings.head_chunk_bytes,
         "context": None
@@ -181,12 +181,27 @@ def _report_shards(model: Any, group: Group) -> None:
         )
 
 
-def _tokenizer_digest(source: str, gguf_file: str | None, **where: Any) -> str | None:
+def load_tokenizer(settings: ServerSettings) -> Any:
+    """Load the tokenizer of the model that the settings name.
+
+    Raises:
+        Exception: there is none, in transformers' words: missing files, an unknown class, a
+            missing package.
+    """
+    source = settings.model or ""
+    where: dict[str, Any] = {
+        "revision": settings.revision or "main",
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if source.endswith(".gguf"):
+        source, where["gguf_file"] = str(Path(source).parent), Path(source).name
+    return transformers.AutoTokenizer.from_pretrained(source, **where)
+
+
+def _tokenizer_digest(settings: ServerSettings) -> str | None:
     """Digest the checkpoint's tokenizer, if it has one; the target itself needs none."""
-    if gguf_file is not None:
-        where["gguf_file"] = gguf_file
     try:
-        return tokenizer_digest(transformers.AutoTokenizer.from_pretrained(source, **where))
+        return tokenizer_digest(load_tokenizer(settings))
     except Exception as exc:  # no such files, an unknown class, a missing package: all in words
         reason = " ".join(str(exc).split())
         logger.info("no tokenizer found, so trainers cannot compare theirs: %.200s", reason)

@@ -9,8 +9,8 @@ from fastapi import Security
 from fastapi.params import Depends
 from fastapi.security import HTTPBearer
 
-from eagle3_schemas.messages import Problem
-from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, PROBLEM_MEDIA_TYPE
+from eagle3_schemas.messages import InspectRequest, Problem
+from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, JSON_MEDIA_TYPE, PROBLEM_MEDIA_TYPE
 
 _FRAME: Final[dict[str, Any]] = {
     FRAME_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}
@@ -18,6 +18,14 @@ _FRAME: Final[dict[str, Any]] = {
 
 TAKES_FRAME: Final[dict[str, Any]] = {"requestBody": {"required": True, "content": _FRAME}}
 """`openapi_extra` of a route that reads a frame."""
+
+TAKES_TEXT: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {JSON_MEDIA_TYPE: {"schema": InspectRequest.model_json_schema()}},
+    }
+}
+"""Likewise of the one that reads JSON, which it parses itself, within a limit."""
 
 GIVES_FRAME: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "A frame", "content": _FRAME}

@@ -22,12 +22,13 @@ from eagle3_server.budget import Budget
 from eagle3_server.computations import PASSED, Computations, Identity
 from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
-from eagle3_server.device_errors import allocated_bytes, free_memory, is_fatal, is_out_of_memory
+from eagle3_server.device_errors import free_memory, is_fatal, is_out_of_memory
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
 from eagle3_server.leading import Keeper, LeadingTarget
 from eagle3_server.model_info import limits_of, model_info
 from eagle3_server.record import RequestRecord, record_of
 from eagle3_server.stage import StageThread
+from eagle3_server.status import Phase, export_gauges, server_status
 from eagle3_server.telemetry import Telemetry
 from eagle3_server.vocab import DraftVocabRegistry
 from eagle3_server.warm_up import WarmUp, warm_up
@@ -65,6 +66,7 @@ class Service:
         else:
             self._target = target
         self._warmed = WarmUp(settings.max_tokens_per_request, deterministic=None)
+        self._phase: Phase = "loading"  # until there is a target
         self._not_ready_reason = "the target is loading; repeat later"
         self._on_failure: Callable[[BaseException], None] | None = None
         self._is_admitting = True
@@ -75,19 +77,7 @@ class Service:
         self.tokens = Budget(settings.max_tokens_in_flight, "tokens", "max_tokens_in_flight")
         self.bytes = Budget(settings.max_bytes_in_flight, "bytes", "max_bytes_in_flight")
         self.draft_vocabs = DraftVocabRegistry(settings.max_draft_vocabs)
-        for name, text, value in (
-            ("eagle3_ready", "1 if requests are served, else 0", lambda: self.is_ready),
-            ("eagle3_queued_requests", "Requests that wait", lambda: len(self._compute)),
-            ("eagle3_tokens_in_flight", "Tokens held", lambda: self.tokens.in_flight),
-            ("eagle3_bytes_in_flight", "Host memory held", lambda: self.bytes.in_flight),
-            ("eagle3_draft_vocabs", "Registered draft vocabs", lambda: len(self.draft_vocabs)),
-            (
-                "eagle3_device_memory_bytes",
-                "Allocated there; 0 on the CPU",
-                lambda: 0 if self._target is None else allocated_bytes(self._target),
-            ),
-        ):
-            self.telemetry.gauge(name, text, value)
+        export_gauges(self)
 
     def start(
         self,
@@ -109,6 +99,7 @@ class Service:
                 if on_ready is not None:
                     on_ready()
             except BaseException as exc:
+                self._phase = "broken"
                 self._not_ready_reason = (
                     "the target failed to load or to warm up; the server's log says why"
                 )
@@ -121,6 +112,7 @@ class Service:
 
     def drain(self) -> None:
         """Refuse new requests, and be unready; those admitted are finished. Safe to repeat."""
+        self._phase = "stopping"
         self._not_ready_reason = "the server is stopping; ask another"
         self._is_admitting = False
 
@@ -257,6 +249,7 @@ class Service:
     def _break(self, exc: Exception) -> None:
         """Be unready for good: after such an error every result of the device would be wrong."""
         logger.critical("the device failed for good", exc_info=exc)
+        self._phase = "broken"
         self._not_ready_reason = (
             f"the device failed for good ({type(exc).__name__}), and the server ends; its "
             "supervisor has to start it again"
@@ -281,14 +274,22 @@ class Service:
         """Whether requests are admitted."""
         return self._target is not None and self._is_admitting
 
+    @property
+    def target(self) -> Target | None:
+        """The target, whether or not requests are admitted; None while there is none."""
+        return self._target
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests that wait for the model."""
+        return len(self._compute)
+
     def status(self) -> ServerStatus:
         """Return what the server does now."""
-        return self.telemetry.status(
-            state="ready" if self.is_ready else self._not_ready_reason,
-            queued_requests=len(self._compute),
-            tokens_in_flight=self.tokens.in_flight,
-            bytes_in_flight=self.bytes.in_flight,
-        )
+        state, phase = self._not_ready_reason, self._phase
+        if self.is_ready:
+            state, phase = "ready", "ready"
+        return server_status(self, self._settings, state=state, phase=phase)
 
     @property
     def deterministic(self) -> bool | None:

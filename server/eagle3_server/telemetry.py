@@ -10,11 +10,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from eagle3_schemas.messages import ClientStatus, RecentError, ServerStatus
+from eagle3_schemas.messages import ClientStatus, RecentError, StageStatus
 from eagle3_schemas.protocol import PROBE_PATHS
 from eagle3_server.record import RequestRecord
 
@@ -23,6 +23,7 @@ Bound = Literal["model", "network", "trainers"]
 _STAGE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _MEMORY_S = 60.0
 _CLIENTS = 256
+_LATENCIES = 256
 _REFUSALS = ("limit_exceeded", "queue_full", "not_ready", "deadline_exceeded", "out_of_memory")
 _WARN_EVERY_S = 60.0
 
@@ -89,6 +90,7 @@ class Telemetry:
         self._next_warning = 0.0
         self._clients: OrderedDict[str, _Client] = OrderedDict()  # the last seen comes last
         self._errors: deque[tuple[float, RequestRecord]] = deque(maxlen=20)
+        self._latest: dict[str, deque[float]] = {}
         ProcessCollector(registry=self.registry)
         self._requests = Counter(
             "eagle3_requests",
@@ -115,7 +117,8 @@ class Telemetry:
             self._refused.labels(reason)
         for kind in ("sent", "real", "supervised", "trained"):
             self._tokens.labels(kind)
-        self._totals = dict.fromkeys(("sent", "real", "supervised", "trained"), 0)
+        self.tokens = dict.fromkeys(("sent", "real", "supervised", "trained"), 0)
+        self.body_bytes = {"received": 0, "sent": 0}
         self.gauge("eagle3_padding_share", "Share of the sent positions that are padding",
                    lambda: self.shares()[0])  # fmt: skip
         self.gauge("eagle3_draft_vocab_coverage",
@@ -145,17 +148,19 @@ class Telemetry:
             self.bound_by.open(-1)
         if record.code in _REFUSALS and path not in PROBE_PATHS:
             self._refused.labels(record.code).inc()
-        self._bytes.labels("received").inc(record.bytes_received)
-        self._bytes.labels("sent").inc(record.bytes_sent)
+        for direction, count in (("received", record.bytes_received), ("sent", record.bytes_sent)):
+            self._bytes.labels(direction).inc(count)
+            self.body_bytes[direction] += count
         if record.is_service:
             for stage, seconds in record.stages.items():
                 if stage == "send" and record.code != "ok":
                     continue  # a few words
                 self._stages.labels(stage).observe(seconds)
+                self._latest.setdefault(stage, deque(maxlen=_LATENCIES)).append(seconds)
         if record.tokens is not None:
-            for kind in self._totals:
+            for kind in self.tokens:
                 count = getattr(record.tokens, kind)
-                self._totals[kind] += count
+                self.tokens[kind] += count
                 self._tokens.labels(kind).inc(count)
             client = self._clients.pop(record.client, None) or _Client()
             client.requests += 1
@@ -174,7 +179,7 @@ class Telemetry:
 
         NaN where there were none.
         """
-        sent, real, supervised, trained = self._totals.values()
+        sent, real, supervised, trained = self.tokens.values()
         return (
             1 - real / sent if sent else math.nan,
             trained / supervised if supervised else math.nan,
@@ -191,20 +196,16 @@ class Telemetry:
                 "(EAGLE3_MAX_CONNECTIONS)"
             )
 
-    def status(self, **now: Any) -> ServerStatus:
-        """Return `ServerStatus`; `now` is what the service knows of it."""
-        shares = self.bound_by.shares()
-        padding, coverage = (None if math.isnan(x) else x for x in self.shares())
-        return ServerStatus(
-            uptime_s=time.monotonic() - self.started,
-            bound_by=max(shares, key=shares.__getitem__),
-            bound_by_shares={name: share for name, share in shares.items()},
-            padding_share=padding,
-            draft_vocab_coverage=coverage,
-            clients=self.clients(),
-            errors=self.errors(),
-            **now,
-        )
+    def stages(self) -> dict[str, StageStatus]:
+        """Return what the last requests spent in each stage."""
+        found = {}
+        for stage, latest in self._latest.items():
+            seconds = sorted(latest)
+            median, p90 = (seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.9))
+            found[stage] = StageStatus(
+                requests=len(seconds), median_s=median, p90_s=p90, longest_s=seconds[-1]
+            )
+        return found
 
     def clients(self) -> tuple[ClientStatus, ...]:
         """Return the trainers seen last, latest first."""

@@ -33,6 +33,25 @@ class DraftVocabRegistry:
             if len(self._vocabs) > self._max:
                 self._vocabs.popitem(last=False)
 
+    def known(self) -> tuple[DraftVocab, ...]:
+        """Return all, the last used first."""
+        with self._lock:
+            return tuple(reversed(self._vocabs.values()))
+
+    def latest(self) -> DraftVocab:
+        """Return the one used last.
+
+        Raises:
+            VocabMappingMissing: there is none.
+        """
+        known = self.known()
+        if not known:
+            raise VocabMappingMissing(
+                "no trainer has registered a draft vocab on this server since it started; start "
+                "one, or call set_vocab_mapping, then repeat"
+            )
+        return known[0]
+
     def get(self, digest: str) -> DraftVocab:
         """Return a registered draft vocab.
 

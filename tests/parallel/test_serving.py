@@ -71,7 +71,7 @@ def test_captures_packed_rows_and_exact_are_served_too(
     torch.testing.assert_close(
         got.last_hidden[attended], out.hidden_states[-1][attended], rtol=1e-4, atol=1e-4
     )
-    documents = [torch.randint(1, V, (n,)) for n in (7, 45, 9)]
+    documents = [torch.randint(1, V, (n,)) for n in (7, 45, 9, 1)]
     packed = pack_sequences(documents, [torch.ones_like(each) for each in documents])
     for exact in (False, True):
         batch = backend(url, exact=exact).generate_batch(**packed)

@@ -16,6 +16,10 @@ from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.messages import (
     DraftHeadFields,
     DraftVocabInfo,
+    ExpectedToken,
+    InspectedToken,
+    InspectRequest,
+    InspectResponse,
     Limits,
     Message,
     ModelInfo,
@@ -79,6 +83,7 @@ SMALLEST: dict[type[Message], dict[str, Any]] = {
         "encodings": ["probs", "logits"],
         "limits": LIMITS,
     },
+    InspectRequest: {"text": "tea"},
 }
 WHOLE_REQUEST = {
     **SMALLEST[SupervisionRequest],
@@ -131,7 +136,11 @@ def test_model_info_states_the_protocol_version_by_itself() -> None:
     assert parse(ModelInfo, fields).protocol_version == PROTOCOL_VERSION
 
 
-@pytest.mark.parametrize("kind", SMALLEST, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [*SMALLEST, InspectResponse, InspectedToken, ExpectedToken],
+    ids=lambda kind: kind.__name__,
+)
 def test_the_protocol_page_describes_every_field(kind: type[Message]) -> None:
     page = PROTOCOL_PAGE.read_text("utf-8")
     for name in kind.model_fields:

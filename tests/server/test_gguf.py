@@ -39,5 +39,12 @@ def test_a_gguf_file_is_served_bit_equal_to_its_own_hidden_states(
     assert target.describe().aux_layer_ids == (1, 14, 26)
     draft_ids = torch.arange(100, 400).flip(0)
     inputs = batch_of(49152, (12, 9))
-    batch = connect(serve(target), draft_ids, exact=True).generate_batch(*inputs)
+    bridge = serve(target, model=str(file))
+    batch = connect(bridge, draft_ids, exact=True).generate_batch(*inputs)
     matches(batch, expect(model.eval(), inputs, draft_ids))
+    text = "The capital of France is"
+    answer = bridge.app_client.post("/v1/inspect", json={"text": text})
+    tokens = answer.json()["tokens"]
+    assert "".join(token["text"] for token in tokens) == text
+    assert tokens[-1]["next_argmax"]["text"] == " Paris"
+    assert tokens[-2]["next_argmax"]["text"] != " Paris"

@@ -1,4 +1,4 @@
-"""Bearer tokens: on every path but the two probes, from a file or the environment, never told."""
+"""Bearer tokens: on every path but the probes and the page, from files or the environment."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from tests.seeded_target import SeededTarget
 from tests.server.sharing.conftest import VOCAB, problem
 
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_server import ServerSettings
+from eagle3_server import ServerSettings, app
 
-OPEN = ["/healthz", "/readyz"]
+PROBES = ["/healthz", "/readyz"]
+OPEN = [*PROBES, "/"]
+PAGE = Path(app.__file__).with_name("page.html")
 GUARDED = [
     ("GET", "/v1/model"),
     ("GET", "/v1/status"),
@@ -25,6 +27,7 @@ GUARDED = [
     ("GET", "/v1/head"),
     ("POST", "/v1/supervision"),
     ("POST", "/v1/capture"),
+    ("POST", "/v1/inspect"),
     ("GET", "/no-such-path"),
 ]
 WRONG = [
@@ -74,14 +77,15 @@ def test_the_document_says_which_paths_ask_for_a_token(
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_without_a_right_token_only_the_probes_answer(
+def test_without_a_right_token_only_the_probes_and_the_page_answer(
     live_server: Any, trainer: Any, tokens: Path, wrong: str | None
 ) -> None:
     url = live_server(SeededTarget(), token="one,two", token_file=tokens)
     one = trainer(url, authorization="Bearer one")
     headers = {} if wrong is None else {"authorization": wrong}
     one.http.headers.pop("authorization")
-    for path in OPEN:
+    assert one.http.get("/", headers=headers).content == PAGE.read_bytes()
+    for path in PROBES:
         assert one.http.get(path, headers=headers).json() in (
             {"status": "alive"},
             {"status": "ready"},
