@@ -96,10 +96,10 @@ def main() -> None:
         stack.callback(browser.close)
 
         def keep(page: Any, name: str) -> None:
-            """Save what is in sight, in 96 colours: half the bytes, and nobody sees it."""
+            """Save what is in sight, in 256 colours: half the bytes, and nobody sees it."""
             image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
             path = arguments.out / f"{name}.png"
-            image.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+            image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
             print(path, path.stat().st_size, "bytes", flush=True)
 
         def look(**options: Any) -> Any:
@@ -109,6 +109,7 @@ def main() -> None:
             page.locator("#token").fill(token)
             page.keyboard.press("Enter")
             page.locator("#trainers tbody tr:nth-child(2)").wait_for()
+            page.locator("#counted:text-matches('^[2-9][0-9]$|...')").wait_for()  # under way
             page.locator("#window:text-matches('last (29|3.) s')").wait_for()
             return page
 

@@ -179,7 +179,7 @@ def test_a_byte_flipped_on_the_way_up_is_refused(bridge: Any, connection: Connec
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v2/supervision", 404), ("GET", "/", 404), ("GET", SUPERVISION_PATH, 405)],
+    [("GET", "/v2/supervision", 404), ("POST", "/", 405), ("GET", SUPERVISION_PATH, 405)],
 )
 def test_an_unknown_path_or_method_is_a_problem_document(
     bridge: Any, method: str, path: str, status: int
