@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.capture.definition import ALL, V, by_definition, check
+from tests.families.packing import SAME, difference
 
 from eagle3_client import (
     InvalidRequest,
@@ -125,9 +126,14 @@ def test_packed_rows_are_captured_as_their_documents_alone(
         end = start + len(ids)
         alone = backend.capture(ids[None], torch.ones_like(ids)[None], mask[None], outputs=ALL)
         for name in ALL:
-            torch.testing.assert_close(
-                getattr(got, name)[:, start:end], getattr(alone, name), rtol=2e-5, atol=2e-5
-            )
+            here, there = getattr(got, name)[:, start:end], getattr(alone, name)
+            if here.is_floating_point():
+                # As docs/packing.md states it: of the whole, since an element that cancels out has
+                # another number of right digits on each kind of CPU.
+                assert not there.any() or difference(here, there) <= SAME[torch.float32], name
+                assert torch.equal(here != 0, there != 0), name
+            else:
+                assert torch.equal(here, there), name
         start = end
     packed = pack_sequences(documents, masks)
     for name in ("position_ids", "seq_lens", "doc_remaining"):
