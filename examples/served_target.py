@@ -16,7 +16,12 @@ import httpx
 
 @contextmanager
 def served_target(
-    checkpoint: Path, *, log_file: Path, threads: int, timeout_s: float = 120
+    checkpoint: Path,
+    *,
+    log_file: Path,
+    threads: int,
+    timeout_s: float = 120,
+    token: str | None = None,
 ) -> Iterator[str]:
     """Run ``eagle3-remote serve`` on a free local port and yield its URL once it is ready.
 
@@ -27,6 +32,7 @@ def served_target(
         log_file: where the server's output goes.
         threads: the server's CPU threads; equal bits need as many as the trainer's.
         timeout_s: how long loading may take.
+        token: that trainers must send; None asks for none.
 
     Raises:
         RuntimeError: the server died or was not ready in time; the message ends with its log.
@@ -37,6 +43,8 @@ def served_target(
     # Settings of another server in this shell are not meant for this one.
     environment = {name: v for name, v in os.environ.items() if not name.startswith("EAGLE3_")}
     environment["OMP_NUM_THREADS"] = str(threads)
+    if token is not None:
+        environment["EAGLE3_TOKEN"] = token
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log

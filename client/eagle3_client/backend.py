@@ -36,6 +36,8 @@ from eagle3_schemas.messages import AuxDtype, Rows
 from eagle3_schemas.tokenizer import HasVocab
 from eagle3_schemas.tokens import check_is_dense
 
+_URLS_VARIABLE = "EAGLE3_URLS"
+
 
 class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
     """A remote target that a trainer uses as if it were local. Thread-safe; a context manager.
@@ -124,16 +126,26 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
         max_retries: int | None = None,
         **kwargs: object,
     ) -> RemoteEagle3Backend:
-        """Build a backend with the names of NeMo AutoModel's client.
+        """Build a backend with the names of NeMo AutoModel's client; see docs/training.md.
+
+        The token is EAGLE3_TOKEN's unless one is given.
 
         Args:
-            urls: as in the constructor, like the others that are not listed here.
+            urls: as in the constructor; "EAGLE3_URLS" or ["EAGLE3_URLS"], which a recipe's YAML
+                can say, takes them from that variable.
             device: as in the constructor.
             timeout: the constructor's `timeout_s`.
             max_retries: None leaves it to `retry_for_s`.
             kwargs: any other argument of the constructor.
+
+        Raises:
+            InvalidRequest: EAGLE3_URLS is asked for and not set; or as the constructor.
         """
-        return cls(urls, device=device, timeout_s=timeout, max_retries=max_retries, **kwargs)  # type: ignore[arg-type]
+        named: dict[str, Any] = {"device": device, "timeout_s": timeout, "max_retries": max_retries}
+        if urls == _URLS_VARIABLE or list(urls) == [_URLS_VARIABLE]:
+            return cls.from_env(**named, **kwargs)
+        kwargs.setdefault("token", os.environ.get("EAGLE3_TOKEN") or None)
+        return cls(urls, **named, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def from_env(cls, **kwargs: object) -> RemoteEagle3Backend:
@@ -142,10 +154,11 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
         Raises:
             InvalidRequest: EAGLE3_URLS is not set.
         """
-        urls = os.environ.get("EAGLE3_URLS", "")
+        urls = os.environ.get(_URLS_VARIABLE, "")
         if not urls:
-            raise InvalidRequest("EAGLE3_URLS is not set; set it to http://host:port[,…]")
-        return cls(urls, token=os.environ.get("EAGLE3_TOKEN") or None, **kwargs)  # type: ignore[arg-type]
+            raise InvalidRequest(f"{_URLS_VARIABLE} is not set; set it to http://host:port[,…]")
+        kwargs.setdefault("token", os.environ.get("EAGLE3_TOKEN") or None)
+        return cls(urls, **kwargs)  # type: ignore[arg-type]
 
     def __enter__(self) -> RemoteEagle3Backend:
         """Return the backend itself."""
