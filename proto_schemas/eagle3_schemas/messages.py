@@ -22,6 +22,9 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
+_PROBLEMS, _NAME_LENGTH, _WORDS_LENGTH = 8, 60, 300
+
+
 class Message(BaseModel):
     """Base of all messages: frozen, strict about types, no unknown fields."""
 
@@ -66,11 +69,16 @@ def parse_json(kind: type[AnyMessage], body: bytes | bytearray) -> AnyMessage:
 
 
 def _words(kind: type[Message], exc: ValidationError) -> str:
-    problems = "; ".join(
-        f"{'.'.join(map(str, error['loc'])) or 'message'}: {error['msg']}"
-        for error in exc.errors(include_url=False, include_input=False)
-    )
-    return f"{kind.__name__} is not valid: {problems}"
+    """Say what is wrong in few words: they are logged, and a sender may make many and long ones."""
+    errors = exc.errors(include_url=False, include_input=False)
+    problems = [
+        f"{'.'.join(str(part)[:_NAME_LENGTH] for part in error['loc'][:5]) or 'message'}: "
+        f"{error['msg'][:_WORDS_LENGTH]}"
+        for error in errors[:_PROBLEMS]
+    ]
+    if len(errors) > _PROBLEMS:
+        problems.append(f"and {len(errors) - _PROBLEMS} more")
+    return f"{kind.__name__} is not valid: {'; '.join(problems)}"
 
 
 class BatchRequest(Message):

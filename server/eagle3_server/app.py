@@ -130,6 +130,7 @@ def create_app(
         service.loaded()
         return {"status": "ready"}
 
+    @app.head(PAGE_PATH, include_in_schema=False)
     @app.get(PAGE_PATH, response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         """The page for people: a shell without data, which asks for the token."""

@@ -122,6 +122,7 @@ def problem_response(request: Request, exc: Exception) -> Response:
         # A path or method the framework does not know: most likely another protocol version.
         detail = f"{exc.detail}: {request.method} {request.url.path} is not a path of this server"
         record.code, status = "protocol_mismatch", exc.status_code
+        record.detail = detail
         headers.update(exc.headers or {})
         content = _problem(record.code, status, detail, record.request_id)
     else:

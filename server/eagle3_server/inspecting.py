@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.requests import Request
 
 from eagle3_schemas import DraftVocab, tokenizer_digest
 from eagle3_schemas.capture import pack_capture
-from eagle3_schemas.errors import InvalidRequest, LimitExceeded
+from eagle3_schemas.errors import InvalidRequest, LimitExceeded, TargetFailed
 from eagle3_schemas.messages import (
     ExpectedToken,
     InspectedToken,
@@ -34,6 +35,7 @@ from eagle3_server.service import Service
 
 MAX_INSPECT_TOKENS = 512
 MAX_INSPECT_BODY_BYTES = 64 * 1024
+_FAILED_FOR_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,18 @@ class TokenTexts:
     """The target's own tokenizer, loaded when it is first needed. Thread-safe.
 
     Args:
-        load: returns a transformers tokenizer, or raises anything if there is none.
+        load: returns a transformers tokenizer, or raises anything if there is none. A failure is
+            not tried again for a minute.
+
+    Attributes:
+        turn: what a request holds while it uses the tokenizer on a thread of the event loop's, so
+            that texts never keep more than one of them from trainers' requests.
     """
 
     def __init__(self, load: Callable[[], Any]) -> None:
+        self.turn = asyncio.Lock()
         self._load = load
+        self._failure: tuple[float, InvalidRequest] | None = None
         self._lock = threading.Lock()  # transformers' tokenizers keep settings while they work
         self._tokenizer: Any = None
         self._names: dict[int, str] = {}
@@ -56,12 +65,18 @@ class TokenTexts:
 
         Raises:
             InvalidRequest: the checkpoint has no tokenizer, or another one than when the target
-                was loaded; or the text has no token.
+                was loaded; or the text has no token, or one that the tokenizer does not take.
         """
         with self._lock:
             if self._tokenizer is None:
                 self._take(expected_digest)
-            ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+            try:
+                ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+            except Exception as exc:  # one without a token for what it does not know, say
+                raise InvalidRequest(
+                    f"the target's tokenizer does not take this text ({type(exc).__name__}: "
+                    f"{str(exc)[:200]}); send another"
+                ) from exc
         if not ids:
             raise InvalidRequest("the target's tokenizer makes no token of this text; send another")
         return ids
@@ -73,21 +88,26 @@ class TokenTexts:
             return TokenText(token_id=token_id, token=None, text="")
         with self._lock:
             text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        if token.startswith("\u2581") and not text.startswith(" "):
-            text = f" {text}"  # SentencePiece drops the space of what comes first
+        # SentencePiece drops the space of what comes first.
+        dropped = _leading(token, "\u2581") - _leading(text, " ")
+        text = " " * dropped + text
         return TokenText(token_id=token_id, token=token, text=text)
 
     def _take(self, expected_digest: str | None) -> None:
+        if self._failure is not None and time.monotonic() < self._failure[0] + _FAILED_FOR_S:
+            raise self._failure[1]
         try:
             tokenizer = self._load()
         except Exception as exc:  # no such files, an unknown class, a missing package
             logger.warning("no tokenizer found, so no text can be inspected: %.500s", exc)
-            raise InvalidRequest(
+            failure = InvalidRequest(
                 "text cannot be inspected, since the target's checkpoint has no tokenizer that "
                 f"loads ({type(exc).__name__}; the server's log says more). Put the tokenizer's "
                 "files (tokenizer.json, tokenizer_config.json) beside the weights and restart the "
                 "server"
-            ) from exc
+            )
+            self._failure = (time.monotonic(), failure)
+            raise failure from exc
         if expected_digest not in (None, tokenizer_digest(tokenizer)):
             raise InvalidRequest(
                 "the tokenizer beside the target's weights is not the one that was there when the "
@@ -95,6 +115,10 @@ class TokenTexts:
             )
         self._names = {number: token for token, number in tokenizer.get_vocab().items()}
         self._tokenizer = tokenizer
+
+
+def _leading(text: str, character: str) -> int:
+    return len(text) - len(text.lstrip(character))
 
 
 async def inspect_text(
@@ -112,7 +136,8 @@ async def inspect_text(
     body = await read_json_body(http_request, MAX_INSPECT_BODY_BYTES, service.bytes)
     request = parse_json(InspectRequest, body)
     digest = request.draft_vocab_digest
-    vocab = service.draft_vocabs.latest() if digest is None else service.draft_vocabs.get(digest)
+    vocabs = service.draft_vocabs
+    vocab = vocabs.latest(description.vocab_size) if digest is None else vocabs.get(digest)
     record = record_of(http_request)
 
     def admit() -> tuple[list[int], CaptureJob]:
@@ -127,11 +152,18 @@ async def inspect_text(
         packed = bytearray(frame.to_bytes())
         return ids, admit_capture(packed, description, service.limits(), service.draft_vocabs)[1]
 
-    ids, job = await asyncio.to_thread(admit)
+    async with texts.turn:
+        ids, job = await asyncio.to_thread(admit)
     record.held.enter_context(service.tokens.reserve(record.client, job.input_ids.numel()))
     service.reserve_bytes(http_request, capture_bytes(job, description))
-    result = await service.compute(lambda: target.capture(job), http_request, body)
-    tokens = await asyncio.to_thread(_tokens_of, ids, result, vocab, texts, request.top_k)
+    try:
+        result = await service.compute(lambda: target.capture(job), http_request, body)
+    except TargetFailed as exc:
+        raise TargetFailed(
+            f"{exc.detail}. Positions are the text's tokens, counted from 1: a filler is at 0"
+        ) from exc
+    async with texts.turn:
+        tokens = await asyncio.to_thread(_tokens_of, ids, result, vocab, texts, request.top_k)
     return InspectResponse(
         request_id=record.request_id,
         fingerprint=description.fingerprint,

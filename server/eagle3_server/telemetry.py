@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from eagle3_schemas.messages import ClientStatus, RecentError, StageStatus
-from eagle3_schemas.protocol import PROBE_PATHS
+from eagle3_schemas.protocol import OPEN_PATHS, PROBE_PATHS
 from eagle3_server.record import RequestRecord
 
 Bound = Literal["model", "network", "trainers"]
@@ -170,7 +170,7 @@ class Telemetry:
             if len(self._clients) > _CLIENTS:
                 self._clients.popitem(last=False)
         # Not what a stranger or a probe can fill it with.
-        is_known = path not in (*PROBE_PATHS, "unknown")
+        is_known = path not in (*OPEN_PATHS, "unknown")
         if record.code not in ("ok", "client_gone", "unauthorized") and is_known:
             self._errors.append((time.monotonic(), record))
 

@@ -38,8 +38,11 @@ class DraftVocabRegistry:
         with self._lock:
             return tuple(reversed(self._vocabs.values()))
 
-    def latest(self) -> DraftVocab:
-        """Return the one used last.
+    def latest(self, vocab_size: int) -> DraftVocab:
+        """Return the one used last; the whole vocab, which fleets compare servers on, comes last.
+
+        Args:
+            vocab_size: V of the target.
 
         Raises:
             VocabMappingMissing: there is none.
@@ -50,7 +53,7 @@ class DraftVocabRegistry:
                 "no trainer has registered a draft vocab on this server since it started; start "
                 "one, or call set_vocab_mapping, then repeat"
             )
-        return known[0]
+        return next((each for each in known if each.draft_vocab_size < vocab_size), known[0])
 
     def get(self, digest: str) -> DraftVocab:
         """Return a registered draft vocab.

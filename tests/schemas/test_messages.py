@@ -152,6 +152,14 @@ def test_an_unknown_field_is_named(kind: type[Message]) -> None:
     assert f"{kind.__name__} is not valid: rowz: " in refused(kind, rowz="all")
 
 
+def test_many_and_long_unknown_fields_are_told_in_few_words() -> None:
+    """They are logged, and the request is the sender's."""
+    kind = next(iter(SMALLEST))
+    words = refused(kind, **{f"{number}{'x' * 9000}": 1 for number in range(50)})
+    assert words.endswith("; and 42 more")
+    assert len(words) < 1500
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

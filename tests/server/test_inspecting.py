@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from tests.tiny_tokenizer import VOCAB_SIZE, save_tokenizer, save_with_tokenizer
 
 from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import DraftVocab
-from eagle3_server import ServerSettings
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_server import ServerSettings, app
 from eagle3_server.inspecting import MAX_INSPECT_BODY_BYTES, MAX_INSPECT_TOKENS, TokenTexts
 from eagle3_server.loading import load_target
 
@@ -154,7 +157,10 @@ def test_without_a_draft_vocab_there_is_nothing_to_expect_in(bridge: Any) -> Non
     assert "000000000000… is not registered" in words
 
 
-def test_a_checkpoint_without_a_tokenizer_says_so(serve: Any, target: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_says_so(
+    serve: Any, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eagle3_server.inspecting._FAILED_FOR_S", 0.0)
     bridge = serve(target, model=str(tmp_path))
     register(bridge)
     status, words = problem(inspect(bridge))
@@ -287,16 +293,83 @@ def test_parts_of_characters_and_ids_without_a_token_are_told(
     assert tokens[0]["next_entropy_nats"] == 0
 
 
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_slow_tokenizer_keeps_no_trainer_waiting(
+    serve: Any, target: Any, checkpoint: Path, batch_of: Any, monkeypatch: pytest.MonkeyPatch,
+    loads: bool,
+) -> None:  # fmt: skip
+    """Twenty texts come while it is loaded, more than the event loop has threads."""
+    inner, gate, calls = app.load_tokenizer, threading.Event(), []
+
+    def load(settings: Any) -> Any:
+        calls.append(settings)
+        assert gate.wait(PATIENCE_S)
+        if not loads:
+            raise OSError("no tokenizer")
+        return inner(settings)
+
+    monkeypatch.setattr(app, "load_tokenizer", load)
+    bridge = serve(target, model=str(checkpoint))
+    register(bridge)
+    with ThreadPoolExecutor(20) as threads:
+        asked = [threads.submit(inspect, bridge) for _ in range(20)]
+        try:
+            while not calls:
+                time.sleep(0.01)
+            with RemoteEagle3Backend("http://target", transport=bridge, retry_for_s=5) as backend:
+                mask = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+                mask[DRAFT_IDS] = True
+                backend.set_vocab_mapping(DRAFT_IDS, mask)
+                handle = backend.generate_batch_async(*batch_of(VOCAB_SIZE))
+                handle.result(PATIENCE_S / 2)
+        finally:
+            gate.set()
+        assert {each.result().status_code for each in asked} == {200 if loads else 422}
+    assert len(calls) == 1, "a failure is remembered"
+
+
+def test_a_text_that_the_tokenizer_does_not_take_is_refused() -> None:
+    class WithoutUnknown:
+        def get_vocab(self) -> dict[str, int]:
+            return {"tea": 0}
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            raise Exception("WordLevel error: Missing [UNK] token from the vocabulary")
+
+    with pytest.raises(InvalidRequest, match=r"does not take this text \(Exception: WordLevel"):
+        TokenTexts(WithoutUnknown).ids_of("coffee", None)
+
+
+def test_a_fleets_comparison_is_not_the_draft_vocab_used_last(bridge: Any) -> None:
+    digest = register(bridge)
+    register(bridge, torch.arange(VOCAB_SIZE))
+    assert inspect(bridge).json()["draft_vocab_digest"] == digest
+
+
+def test_a_position_that_is_not_finite_is_told_in_the_texts_tokens(
+    serve: Any, build_model: Any, checkpoint: Path
+) -> None:
+    model = build_model("llama")
+    model.resize_token_embeddings(VOCAB_SIZE)
+    bridge = serve(model, model=str(checkpoint))
+    register(bridge)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    status, words = problem(inspect(bridge))
+    assert status == 500
+    assert "a filler is at 0" in words
+
+
 def test_sentencepiece_keeps_its_spaces() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"▁the": 0, "▁tea": 1, "?": 2}, unk_token="?"))
+    words = Tokenizer(models.WordLevel({"▁the": 0, "▁tea": 1, "?": 2, "▁▁▁": 3}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Metaspace()
     words.decoder = decoders.Metaspace()
     texts = TokenTexts(lambda: PreTrainedTokenizerFast(tokenizer_object=words))
     assert texts.ids_of("the tea", None) == [0, 1]
-    assert [texts.text_of(token_id).text for token_id in (0, 1)] == [" the", " tea"]
+    assert [texts.text_of(token_id).text for token_id in (0, 1, 3)] == [" the", " tea", "   "]
 
 
 def test_the_entropy_is_at_most_that_of_the_uniform(bridge: Any) -> None:

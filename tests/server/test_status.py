@@ -115,3 +115,22 @@ def test_a_target_that_cannot_be_loaded_is_broken(serve: Any) -> None:
         pass
     assert (status["phase"], status["model_id"]) == ("broken", None)
     assert "failed to load" in status["state"]
+
+
+def test_strangers_write_nothing_into_the_recent_errors(
+    build_model: Any, serve: Any, connect: Any
+) -> None:
+    """Nor does an uptime checker, which may send HEAD."""
+    bridge = serve(build_model("llama"), token="secret")
+    headers = {"x-eagle3-client": "CALL-0800-EVIL"}
+    assert bridge.app_client.head("/").status_code == 200
+    for method in ("POST", "PUT", "DELETE"):
+        assert bridge.app_client.request(method, "/", headers=headers).status_code == 405
+        assert bridge.app_client.request(method, "/x", headers=headers).status_code == 401
+    known = {"authorization": "Bearer secret"}
+    assert bridge.app_client.post("/v1/model", headers=known).status_code == 405
+    errors = bridge.app_client.get("/v1/status", headers=known).json()["errors"]
+    assert [(each["code"], each["client"]) for each in errors] == [
+        ("protocol_mismatch", "testclient")
+    ]
+    assert "POST /v1/model is not a path of this server" in errors[0]["detail"]
