@@ -1,6 +1,7 @@
 """Build the CPU image and try what its documentation promises; exit with 1 if anything fails.
 
     sudo .venv/bin/python docker/build_and_try.py                # Debian's podman, from nothing
+    sudo .venv/bin/python docker/build_and_try.py --store DIR    # and keep the image there
     .venv/bin/python docker/build_and_try.py --engine docker     # not run by us: no engine at hand
 
 A target that the script makes is served from the container, and a trainer in this process trains
@@ -29,7 +30,7 @@ from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import BatchHandle
 from eagle3_server import HFEagle3TargetModel
 
-TAG = "eagle3-remote:cpu-try"
+TAG, KEPT = "eagle3-remote:cpu-try", "eagle3-remote:cpu"
 THREADS = 2  # equal bits need as many inside as outside
 TOKEN_IN_CONTAINER = "/run/secrets/eagle3_token"
 
@@ -260,7 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engine", choices=("podman", "docker"), default="podman")
     parser.add_argument("--torch-index", default="", help="extra index with torch for the CPU")
-    parser.add_argument("--store", type=Path, help="folder in which podman keeps layers for later")
+    parser.add_argument("--store", type=Path, help="folder that keeps the image")
     arguments = parser.parse_args()
     # A plain kill ends it like an exception, so that container and folder are removed as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -291,6 +292,8 @@ def main() -> int:
         finally:
             if arguments.store is None:
                 engine.close()
+    if arguments.store is not None:
+        print(f"kept as {KEPT}:\n  {engine.keep(TAG, KEPT)}")
     print(f"{sum(ended)} checks passed, {len(ended) - sum(ended)} failed")
     return 0 if all(ended) else 1
 

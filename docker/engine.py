@@ -95,6 +95,13 @@ class Docker:
             [*self.command, *arguments], capture_output=True, text=True, cwd=ROOT, **options
         )
 
+    def keep(self, tag: str, name: str) -> str:
+        """Give the image a name to stay under; returns a command that runs it."""
+        self.run("tag", tag, name)
+        run = [*self.command, "run", "--rm", *HARDENED, "--tmpfs", "/tmp", *self.reachable(8001)]
+        run += ["--env", "EAGLE3_TOKEN", "--volume", '"$PWD/models:/models:ro"']
+        return " ".join([*run, "--stop-timeout", "30", name, "/models/smollm2"])
+
     def save(self, tag: str) -> subprocess.Popen[bytes]:
         """Start to write the image, all layers and its history, as a tar archive to a pipe."""
         return subprocess.Popen([*self.command, "save", tag], stdout=subprocess.PIPE)

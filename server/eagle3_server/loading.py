@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as exc:
         # A wrong id, no network, an architecture transformers lacks, a missing optional package,
         # weights of another shape: transformers tells them apart only in words, so pass them on.
-        raise InvalidRequest(f"cannot load {settings.model!r}: {exc}") from exc
+        raise InvalidRequest(f"cannot load {settings.model!r}: {exc}{_hint(source)}") from exc
     if report["missing_keys"]:
         # transformers makes random weights of these, and only warns.
         missing = sorted(report["missing_keys"])
@@ -219,3 +221,21 @@ def _auto_class(config: object) -> Any:
     ):
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM  # of a config in neither, it says what it knows
+
+
+def _hint(source: str) -> str:
+    """Return what transformers' words for a failed load do not say: hub, permissions, /tmp."""
+    path = Path(source)
+    if not path.exists():
+        return f". No folder {source!r} is here, so the hub was asked for it"
+    closed = [str(each) for each in [path, *path.glob("*")] if not os.access(each, os.R_OK)]
+    if closed:
+        return (
+            f". User {os.getuid()} may not read {closed[0]}; let all read it: "
+            f"chmod -R a+rX {source}"
+        )
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        return ". No folder for temporary files can be written to: in a container add --tmpfs /tmp"
+    return ""
