@@ -56,6 +56,7 @@ def test_with_a_token_it_shows_what_the_status_says(start: Any, visit: Any) -> N
     assert page.locator("#cards").is_hidden()
     assert "tells nothing without a token" in page.locator("#said").inner_text()
     unlock(page)
+    page.locator("#facts li").first.wait_for()
     status, model = server.get("/v1/status"), server.get("/v1/model")
     assert page.locator("#model").inner_text() == status["model_id"]
     assert page.locator("#phase").inner_text() == "Ready"
@@ -306,7 +307,7 @@ def test_every_text_stands_out_in_both_schemes(start: Any, visit: Any, scheme: s
     page.locator("#text").fill(TEXT)
     page.locator("#go").click()
     page.locator("#answer").wait_for()
-    page.locator("#go:not(:disabled)").wait_for()
+    page.locator("#go:not([aria-disabled])").wait_for()
     found += page.evaluate(CONTRASTS)
     assert {"Ready", "Probe", "✓ in the draft vocab", "malformed_payload"} <= {
         each["text"] for each in found
