@@ -29,7 +29,7 @@ _FEWEST_TOKENS = 48
 _DRAFT_VOCAB_SIZE = 4096
 _OFFSETS = (-2, -1, 0, 1, 2)
 _NATS = 1.0  # what a right answer has to be better by
-_SAME_TOP = 0.99  # of the positions; ties and rounding may turn the rest
+_SAME_TOP = 0.99  # of the positions
 _SAME_REPLICA = 0.02  # mean KL, nats: other kernels and devices stay far below
 
 
@@ -213,16 +213,18 @@ def _mapping(served: Served) -> Check:
             "shifted: restart it, and report this",
         )
     where = in_vocab.nonzero(as_tuple=True)
-    top = served.selected_token_ids[served.target_probs[where].argmax(-1)]
-    share = float((top == served.argmax[where]).float().mean()) if len(top) else 1.0
-    values = {"same_top": share, "positions": len(top)}
+    rows = served.target_probs[where]
+    of_argmax = rows.gather(-1, _places(served)[served.argmax[where]][:, None])[:, 0]
+    is_top = of_argmax >= 0.98 * rows.amax(-1)  # in bfloat16 the two largest are often equal
+    share = float(is_top.float().mean()) if len(rows) else 1.0
+    values = {"same_top": share, "positions": len(rows)}
     if share >= _SAME_TOP:
         return Check(
             "ok", f"draft-vocab ids are numbered as registered ({share:.1%})", None, values
         )
     return Check(
         "failed",
-        f"the distributions' top id is the target's argmax at {share:.1%} of {len(top)} positions: "
+        f"the distributions' top id is the target's argmax at {share:.1%} of {len(rows)} rows: "
         "their columns are another order of the draft vocab than was registered (a permuted "
         "mapping)",
         "compare the order of selected_token_ids on both sides; a sort on the way does this",
@@ -230,27 +232,32 @@ def _mapping(served: Served) -> Check:
     )
 
 
-def log_likelihoods(served: Served, probs: Tensor | None = None) -> dict[int, float]:
+def _places(served: Served) -> Tensor:
+    """Return each token id's column [V]; -1 outside the draft vocab."""
+    place = torch.full((served.info.vocab_size,), -1)
+    place[served.selected_token_ids] = torch.arange(len(served.selected_token_ids))
+    return place
+
+
+def _log_likelihoods(served: Served) -> dict[int, float]:
     """Return the mean ln p of the token that stands k further than the one to be predicted.
 
     Column t is of the token at t + 2: `target_probs` are shifted, and predict what follows.
     """
-    probs = served.target_probs if probs is None else probs
-    place = torch.full((served.info.vocab_size,), -1)
-    place[served.selected_token_ids] = torch.arange(len(served.selected_token_ids))
+    place = _places(served)
     length = served.input_ids.shape[1]
     columns = torch.arange(2, length - 4)
     found = {}
     for k in _OFFSETS:
         follows = place[served.input_ids[:, columns + 2 + k]]
-        p = probs[:, columns].gather(-1, follows[..., None])
+        p = served.target_probs[:, columns].gather(-1, follows[..., None])
         found[k] = float(p.clamp_min(1e-9).log().mean())
     return found
 
 
 def _text(served: Served) -> Check:
     """Ask whether the distributions have their mass on the tokens that really follow."""
-    scores = log_likelihoods(served)
+    scores = _log_likelihoods(served)
     chance = -math.log(len(served.selected_token_ids))
     best = max(scores, key=scores.__getitem__)
     perplexity = math.exp(-scores[0])
