@@ -33,7 +33,7 @@ def test_every_output_has_a_trainer_that_needs_it_or_a_reason() -> None:
 def test_its_code_runs(build_model: Any, serve: Any, connect: Any, batch_of: Any) -> None:
     """Against a target of 7 layers: the layer ids of the page are cut to it."""
     page = PAGE.read_text(encoding="utf-8")
-    code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     code = code.replace("(2, 9, 16, 23)", "(2, 0, 6, 3)").replace("aux_of(9)", "aux_of(0)")
     inputs = batch_of(131)
     names = {

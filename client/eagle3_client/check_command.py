@@ -47,7 +47,7 @@ def check_servers(
         raise InvalidRequest("give --aux-layer-ids or --draft-config, not both")
     expected = None
     if aux_layer_ids is not None:
-        expected = _split_ids(aux_layer_ids)
+        expected = split_ids(aux_layer_ids)
     elif draft_config is not None:
         config = read_draft_config(draft_config)
         expected = config.aux_layer_ids
@@ -78,11 +78,15 @@ def render(report: PreflightReport, *, as_json: bool) -> str:
     """Return the report as one JSON document, or as lines that fit the terminal."""
     if as_json:
         return json.dumps(report.to_dict(), indent=2)
-    width = _NO_TTY_WIDTH
-    if sys.stdout.isatty():
-        width = min(max(shutil.get_terminal_size((_NO_TTY_WIDTH, 24)).columns, 60), 120)
     encoding = sys.stdout.encoding or "utf-8"
-    return report.to_text(width).encode(encoding, "replace").decode(encoding)
+    return report.to_text(terminal_width()).encode(encoding, "replace").decode(encoding)
+
+
+def terminal_width() -> int:
+    """Return the columns that a report may take."""
+    if not sys.stdout.isatty():
+        return _NO_TTY_WIDTH
+    return min(max(shutil.get_terminal_size((_NO_TTY_WIDTH, 24)).columns, 60), 120)
 
 
 class DraftConfig(NamedTuple):
@@ -149,7 +153,12 @@ def load_tokenizer(name: str) -> HasVocab:
     return tokenizer
 
 
-def _split_ids(text: str) -> tuple[int, ...]:
+def split_ids(text: str) -> tuple[int, ...]:
+    """Read `--aux-layer-ids`.
+
+    Raises:
+        InvalidRequest: not numbers with commas.
+    """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as exc:

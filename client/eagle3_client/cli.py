@@ -223,6 +223,48 @@ def check(
     raise typer.Exit(0 if report.has_passed else 1)
 
 
+@app.command()
+def verify(
+    text: Annotated[Path, typer.Option(help="File of ordinary text, a few hundred words.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Directory or hub id: what tokenizes the training data.")
+    ],
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(help="Servers, as http://host:port; or comma-separated [EAGLE3_URLS]."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of the target, to compare with a forward here."),
+    ] = None,
+    aux_layer_ids: Annotated[
+        str | None, typer.Option(help="Layer outputs, as 1,14,26 [the server's default].")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Verify what servers supervise, on a text, and with --model against a forward here.
+
+    The token comes from EAGLE3_TOKEN. Exit code 0: nothing failed; 1: something did, or a server
+    cannot be asked; 2: an option that cannot work.
+    """
+    from eagle3_client.verify_command import render, verify_servers
+
+    try:
+        reports = verify_servers(
+            urls or (), tokenizer=tokenizer, text=text, model=model, aux_layer_ids=aux_layer_ids
+        )
+    except InvalidRequest as exc:
+        typer.secho(str(exc), err=True)
+        raise typer.Exit(2) from exc
+    except RemoteEagle3Error as exc:
+        typer.secho(str(exc), err=True)
+        raise typer.Exit(1) from exc
+    typer.echo(render(reports, as_json=as_json))
+    raise typer.Exit(0 if all(report.has_passed for report in reports) else 1)
+
+
 def main() -> None:
     """Run the command line."""
     app()

@@ -110,9 +110,9 @@ class PreflightReport:
         """Return it as plain lines of at most `width` columns, but for words that are longer."""
         lines: list[str] = []
         for server in self.servers:
-            lines += [server.url, *_as_lines(server.checks, width), ""]
+            lines += [server.url, *as_lines(server.checks, width), ""]
         if len(self.servers) > 1:
-            lines += [f"{len(self.servers)} servers", *_as_lines(self.fleet, width), ""]
+            lines += [f"{len(self.servers)} servers", *as_lines(self.fleet, width), ""]
         seconds = f"in {self.elapsed_s:.1f} s"
         count = len(self.failed)
         lines.append(
@@ -138,7 +138,8 @@ def _as_json(checks: dict[str, Check], keys: dict[str, tuple[str, ...]]) -> dict
     }
 
 
-def _as_lines(checks: dict[str, Check], width: int) -> list[str]:
+def as_lines(checks: dict[str, Check], width: int) -> list[str]:
+    """Return checks as lines of at most `width` columns."""
     lines = []
     for name, check in checks.items():
         head = f"  {_MARKS[check.status]:<8} {name.replace('_', ' '):<14} "

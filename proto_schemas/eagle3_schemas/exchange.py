@@ -17,12 +17,7 @@ from eagle3_schemas.draft_vocab import DraftVocab
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import MalformedPayload
 from eagle3_schemas.frame import EncodedFrame, Frame, encode
-from eagle3_schemas.messages import (
-    DraftHeadFields,
-    SupervisionRequest,
-    SupervisionResponse,
-    parse,
-)
+from eagle3_schemas.messages import DraftHeadFields, SupervisionRequest, SupervisionResponse, parse
 from eagle3_schemas.supervision import scatter_rows, shift_left_with_zero, unpack_bits
 from eagle3_schemas.tokens import TokenBatch, pack_tokens
 

@@ -21,7 +21,6 @@ RequestId = Annotated[str, Field(pattern=REQUEST_ID_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
-
 _PROBLEMS, _NAME_LENGTH, _WORDS_LENGTH = 8, 60, 300
 
 
@@ -218,130 +217,11 @@ class ModelInfo(Message):
     limits: Limits
 
 
-class ClientStatus(Message):
-    """A trainer that was served."""
-
-    client: str
-    requests: Count
-    seconds_ago: float
-    """Since its last answer."""
-    draft_vocab_digest: str | None
-
-
-class RecentError(Message):
-    """A request that was refused or failed."""
-
-    code: str
-    detail: str
-    request_id: str
-    client: str
-    seconds_ago: float
-
-
-class StageStatus(Message):
-    """How long the last requests (256 at most) spent in a stage."""
-
-    requests: Count
-    median_s: float
-    p90_s: float
-    longest_s: float
-
-
 class DraftVocabInfo(Message):
     """A registered draft vocab."""
 
     digest: Digest
     draft_vocab_size: Count
-
-
-class ServerStatus(Message):
-    """What the server does now (`GET /v1/status`)."""
-
-    state: str
-    """`ready`, or why it is not."""
-    phase: Literal["loading", "ready", "stopping", "broken"]
-    """The same as one word."""
-    model_id: str | None
-    """What is served; None while it loads. `GET /v1/model` says more."""
-    uptime_s: float
-    bound_by: Literal["model", "network", "trainers"]
-    """What the server waited for most in the last minute: the model (add servers, or send
-    less padding), the network (another encoding, a faster link), or the trainers (all is well)."""
-    bound_by_shares: dict[str, float]
-    queued_requests: Count
-    max_queued_requests: Count
-    tokens_in_flight: Count
-    max_tokens_in_flight: Count
-    bytes_in_flight: Count
-    max_bytes_in_flight: Count
-    tokens: dict[str, int]
-    """Positions of the requests answered since the start, by kind: `sent` (padding included),
-    `real`, `supervised`, `trained`. Two statuses give a rate: their difference by that of
-    `uptime_s`."""
-    body_bytes: dict[str, int]
-    """`received` and `sent` since the start."""
-    stages: dict[str, StageStatus]
-    """By stage: `queue`, `compute`, `head`, `copy`, `send`; those that a request has passed."""
-    draft_vocabs: tuple[DraftVocabInfo, ...]
-    """Registered, the last used first."""
-    padding_share: float | None
-    """Share of the positions sent since the start that were padding; None before the first."""
-    draft_vocab_coverage: float | None
-    """Share of the supervised positions whose target argmax was in the draft vocab."""
-    clients: tuple[ClientStatus, ...]
-    errors: tuple[RecentError, ...]
-
-
-class InspectRequest(Message):
-    """Body of `POST /v1/inspect`: a text whose tokens are to be looked at."""
-
-    text: Annotated[str, Field(min_length=1)]
-    """As a user wrote it; the tokenizer adds special tokens as it does by default."""
-    draft_vocab_digest: Digest | None = None
-    """None: the draft vocab that was used last."""
-    top_k: Annotated[int, Field(ge=1, le=20)] = 5
-    """How many expected tokens to tell of each position."""
-
-
-class TokenText(Message):
-    """A token of the target's tokenizer."""
-
-    token_id: Count
-    token: str | None
-    """Its form in the tokenizer's vocab; None: the tokenizer does not have this id."""
-    text: str
-    """What it stands for; has U+FFFD where it is a part of a character."""
-
-
-class ExpectedToken(TokenText):
-    """A token of the draft vocab, as one that may come next."""
-
-    probability: float
-    """Softmax over the draft vocab's logits alone."""
-
-
-class InspectedToken(TokenText):
-    """A token of the text, and what the target expects after it."""
-
-    next_expected: tuple[ExpectedToken, ...]
-    """The likeliest of the draft vocab, likeliest first."""
-    next_entropy_nats: float
-    """Of the distribution over the draft vocab; at most ln D."""
-    next_argmax: TokenText
-    """The likeliest of all V tokens."""
-    next_argmax_in_draft_vocab: bool
-    """Whether a draft is trained here (`position_mask`), were the next token supervised."""
-
-
-class InspectResponse(Message):
-    """Answer to `POST /v1/inspect`."""
-
-    request_id: RequestId
-    fingerprint: str
-    draft_vocab_digest: Digest
-    draft_vocab_size: Count
-    tokens: tuple[InspectedToken, ...]
-    """One for each token of the text, special ones included."""
 
 
 class Problem(BaseModel):

@@ -19,13 +19,12 @@ from starlette.requests import ClientDisconnect
 from eagle3_schemas.capture import CaptureResponse
 from eagle3_schemas.errors import RemoteEagle3Error
 from eagle3_schemas.frame import encode
+from eagle3_schemas.inspection import InspectResponse
 from eagle3_schemas.messages import (
     BatchRequest,
     DraftHeadFields,
     DraftVocabInfo,
-    InspectResponse,
     ModelInfo,
-    ServerStatus,
     SupervisionResponse,
     TargetHeadFields,
 )
@@ -44,6 +43,7 @@ from eagle3_schemas.protocol import (
     SUPERVISION_PATH,
     TARGET_HEAD_PATH,
 )
+from eagle3_schemas.status import ServerStatus
 from eagle3_server.accounting import Accounting
 from eagle3_server.admission import admit_capture, admit_draft_vocab, admit_supervision
 from eagle3_server.asgi import FrameResponse, TokenGuard, problem_response, read_frame_body

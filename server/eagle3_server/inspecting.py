@@ -15,15 +15,14 @@ from starlette.requests import Request
 from eagle3_schemas import DraftVocab, tokenizer_digest
 from eagle3_schemas.capture import pack_capture
 from eagle3_schemas.errors import InvalidRequest, LimitExceeded, TargetFailed
-from eagle3_schemas.messages import (
+from eagle3_schemas.inspection import (
     ExpectedToken,
     InspectedToken,
     InspectRequest,
     InspectResponse,
-    Limits,
     TokenText,
-    parse_json,
 )
+from eagle3_schemas.messages import Limits, parse_json
 from eagle3_schemas.supervision import unpack_bits
 from eagle3_schemas.tokens import TokenBatch
 from eagle3_server.admission import admit_capture

@@ -9,7 +9,8 @@ from fastapi import Security
 from fastapi.params import Depends
 from fastapi.security import HTTPBearer
 
-from eagle3_schemas.messages import InspectRequest, Problem
+from eagle3_schemas.inspection import InspectRequest
+from eagle3_schemas.messages import Problem
 from eagle3_schemas.protocol import FRAME_MEDIA_TYPE, JSON_MEDIA_TYPE, PROBLEM_MEDIA_TYPE
 
 _FRAME: Final[dict[str, Any]] = {

@@ -17,7 +17,8 @@ from starlette.requests import Request
 
 from eagle3_schemas import ModelInfo
 from eagle3_schemas.errors import DeadlineExceeded, NotReady, QueueFull, TargetOutOfMemory
-from eagle3_schemas.messages import Limits, ServerStatus
+from eagle3_schemas.messages import Limits
+from eagle3_schemas.status import ServerStatus
 from eagle3_server.budget import Budget
 from eagle3_server.computations import PASSED, Computations, Identity
 from eagle3_server.config import ServerSettings

@@ -6,7 +6,8 @@ import math
 import time
 from typing import TYPE_CHECKING, Literal
 
-from eagle3_schemas.messages import DraftVocabInfo, ServerStatus
+from eagle3_schemas.messages import DraftVocabInfo
+from eagle3_schemas.status import ServerStatus
 from eagle3_server.config import ServerSettings
 from eagle3_server.device_errors import allocated_bytes
 

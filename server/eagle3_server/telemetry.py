@@ -14,8 +14,8 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from eagle3_schemas.messages import ClientStatus, RecentError, StageStatus
 from eagle3_schemas.protocol import OPEN_PATHS, PROBE_PATHS
+from eagle3_schemas.status import ClientStatus, RecentError, StageStatus
 from eagle3_server.record import RequestRecord
 
 Bound = Literal["model", "network", "trainers"]

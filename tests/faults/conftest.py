@@ -19,6 +19,7 @@ import httpx
 import pytest
 import torch
 from tests.faults.trainer import train
+from tests.processes import is_alive
 
 from eagle3_schemas import project_to_draft_vocab
 from eagle3_server import HFEagle3TargetModel
@@ -30,12 +31,6 @@ DRAFT_VOCAB_SIZE = 53
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
-
-
-def is_alive(pid: int) -> bool:
-    with suppress(OSError):
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return False
 
 
 class Server:

@@ -11,9 +11,9 @@ import time
 from typing import Any
 
 import pytest
-from tests.faults.conftest import is_alive
 from tests.faults.trainer import remote, train
 from tests.fuzz.mutations import how_many, seed_of
+from tests.processes import is_alive
 
 import eagle3_client.connection as connection_module
 from eagle3_client import FingerprintMismatch, TransportError

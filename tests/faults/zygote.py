@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ def main() -> None:
                     told["port"], told.get("seed", 0), told.get("settings", {}), stage, after,
                     told.get("die_of"),
                 )  # fmt: skip
+            except BaseException:
+                traceback.print_exc()  # into its log
             finally:
                 os._exit(code)
         print(pid, flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -224,3 +225,36 @@ def test_a_planted_error_changes_the_losses(forge, tmp_path, error):
     (expected, _), (losses, _) = train(forge, target, right), train(forge, target, wrong)
     print(f"right: {expected}\n{error}: {losses}")
     assert all(got != wanted for got, wanted in zip(losses, expected, strict=True))
+
+
+def test_the_pages_code_trains_its_draft(forge, live_server, tmp_path):
+    """docs/outputs.md's block as printed, to the losses of its own offline features."""
+    page = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
+    *_, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    target = make_target(torch.float32)
+    head = its_head(forge, target, tmp_path)
+    local = [local_inputs(forge, target, head, batch) for batch in batches()]
+    expected, _ = train(forge, target, local)
+    losses: list[float] = []
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def optimizer_step(draft):
+        if not optimizers:
+            trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+            optimizers.append(torch.optim.AdamW(trained, lr=LEARNING_RATE))
+        losses.append(names["loss"].item())
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    url = live_server(target)
+    with RemoteEagle3Backend(url, exact=True, aux_layer_ids=AUX_LAYER_IDS) as backend:
+        names = {
+            "target": backend,
+            "selected_token_ids": draft_vocab_ids(),
+            "draft_config": llama_config(1, draft_vocab_size=DRAFT_VOCAB_SIZE, pad_token_id=0),
+            "batches": batches(),
+            "optimizer_step": optimizer_step,
+        }
+        torch.manual_seed(2)
+        exec(code, names)
+    assert losses == expected

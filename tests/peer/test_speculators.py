@@ -252,7 +252,7 @@ def test_a_planted_error_changes_the_losses(spec, live_server, error):
 def test_the_pages_code_trains_its_draft(spec, live_server):
     """docs/outputs.md's block as printed, to the same losses as above."""
     page = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
-    _, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    _, code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     target, batches = make_target(torch.float32), batches_of("right_padded")
     weights = local_weights(target, to_t2d_d2t(draft_vocab_ids(), VOCAB_SIZE).t2d)
     expected = train(spec, [local_inputs(spec, target, batch) for batch in batches], weights)

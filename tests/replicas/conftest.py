@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import is_alive
 
 from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import project_to_draft_vocab
@@ -26,12 +27,6 @@ PATIENCE_S = 240.0
 """For what takes 15 s on an idle machine, such as Ray's start: busy ones take ten times as long."""
 V, D = 131, 53  # of the checkpoint, and of its draft vocab
 TOKEN = "only-for-trainers"
-
-
-def is_alive(pid: int) -> bool:
-    with suppress(OSError):
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return False
 
 
 def parent_of(pid: int) -> int:

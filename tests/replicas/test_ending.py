@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.replicas.conftest import PATIENCE_S, V, is_alive, two_free_ports, wait_until
+from tests.processes import is_alive
+from tests.replicas.conftest import PATIENCE_S, V, two_free_ports, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

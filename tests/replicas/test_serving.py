@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.replicas.conftest import PATIENCE_S, TOKEN, Command, V, is_alive, parent_of, wait_until
+from tests.processes import is_alive
+from tests.replicas.conftest import PATIENCE_S, TOKEN, Command, V, parent_of, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}

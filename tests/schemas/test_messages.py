@@ -13,13 +13,10 @@ from pydantic import ValidationError
 from eagle3_schemas import PROTOCOL_VERSION
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.frame import decode, encode
+from eagle3_schemas.inspection import ExpectedToken, InspectedToken, InspectRequest, InspectResponse
 from eagle3_schemas.messages import (
     DraftHeadFields,
     DraftVocabInfo,
-    ExpectedToken,
-    InspectedToken,
-    InspectRequest,
-    InspectResponse,
     Limits,
     Message,
     ModelInfo,

@@ -10,7 +10,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from eagle3_schemas import DraftVocab
-from eagle3_schemas.messages import ServerStatus
+from eagle3_schemas.status import ServerStatus
 from eagle3_server import TransformersTarget, telemetry
 
 DRAFT_IDS = torch.tensor([90, 5, 130, 0, 17])

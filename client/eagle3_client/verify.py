@@ -1,0 +1,315 @@
+"""`eagle3-remote verify`: whether what a server supervises is right, on a text and its tokenizer.
+
+A target expects what follows in ordinary text. So without a copy of it, the distributions that a
+server sends tell of shifts, mappings and tokenizers that are wrong; with a copy, of layers too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eagle3_client.backend import RemoteEagle3Backend
+from eagle3_client.preflight_report import Check, as_lines
+from eagle3_schemas import ModelInfo
+from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.tokenizer import tokenizer_digest
+
+if TYPE_CHECKING:
+    from eagle3_client.verify_local import LocalTarget
+
+ROWS, LENGTH = 4, 128
+_FEWEST_TOKENS = 48
+_DRAFT_VOCAB_SIZE = 4096
+_OFFSETS = (-2, -1, 0, 1, 2)
+_NATS = 1.0  # what a right answer has to be better by
+_SAME_TOP = 0.99  # of the positions
+_SAME_REPLICA = 0.02  # mean KL, nats: other kernels and devices stay far below
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found of one server; `str` of it is for a reader."""
+
+    url: str
+    checks: dict[str, Check]
+    elapsed_s: float
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.status != "failed" for check in self.checks.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        checks = {
+            name: {
+                "status": check.status,
+                "detail": check.detail,
+                "remedy": check.remedy,
+                "values": check.values,
+            }
+            for name, check in self.checks.items()
+        }
+        return {"url": self.url, "passed": self.has_passed, "checks": checks}
+
+    def to_text(self, width: int = 80) -> str:
+        """Return it as lines of at most `width` columns."""
+        return "\n".join([self.url, *as_lines(self.checks, width)])
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server sent of the text. B rows of T tokens, D draft-vocab ids in no order."""
+
+    info: ModelInfo
+    input_ids: Tensor  # [B, T]
+    selected_token_ids: Tensor  # [D]
+    aux_layer_ids: tuple[int, ...]
+    aux_hidden_states: Tensor  # [B, T, 3H]
+    target_probs: Tensor  # [B, T, D], every supervised row
+    position_mask: Tensor  # [B, T] bool
+    argmax: Tensor  # [B, T], over the whole vocab
+
+
+def verify(
+    backends: Sequence[tuple[str, RemoteEagle3Backend]],
+    tokenizer: Any,
+    text: str,
+    local: LocalTarget | None = None,
+    aux_layer_ids: tuple[int, ...] | None = None,
+) -> list[VerifyReport]:
+    """Verify servers of one target; the first is what the others are compared with.
+
+    Args:
+        backends: each server's URL, and a backend of it alone with `rows="loss_mask"`, encoding
+            `probs`. Their draft vocab is set here.
+        tokenizer: transformers' tokenizer of the target.
+        text: ordinary text of a kind that the target knows, a few hundred words.
+        local: a copy of the target to compare with.
+        aux_layer_ids: those that the backends were built with, if any.
+
+    Raises:
+        InvalidRequest: the text has too few tokens.
+        RemoteEagle3Error: a server cannot be asked.
+    """
+    reports: list[VerifyReport] = []
+    first: Served | None = None
+    for url, backend in backends:
+        started = time.monotonic()
+        info = backend.model_info()
+        input_ids = _tokens(tokenizer, text)
+        checks = {
+            "load_time": _load_time(info),
+            "tokenizer": _tokenizer(tokenizer, info, int(input_ids.max())),
+        }
+        served = None
+        if checks["tokenizer"].status != "failed":
+            layers = aux_layer_ids or info.aux_layer_ids or ()
+            served = _ask(backend, info, input_ids, layers)
+            checks["mapping"] = _mapping(served)
+            checks["text"] = _text(served)
+            if local is not None:
+                checks |= local.compare(served)
+            if first is not None:
+                checks["replica"] = _replica(served, first)
+        first = first or served
+        reports.append(VerifyReport(url, checks, time.monotonic() - started))
+    return reports
+
+
+def _load_time(info: ModelInfo) -> Check:
+    """Tell what the server proved of its target when it loaded it."""
+    found = [
+        f"head: {info.head}" + (f" ({info.head_reason})" if info.head_reason else ""),
+        f"packing: {info.packing or 'refused'}"
+        + (f" ({info.packing_reason})" if info.packing_reason else ""),
+        f"bits repeat: {info.deterministic}",
+    ]
+    return Check("ok", "; ".join(found), values={"head": info.head, "packing": info.packing})
+
+
+def _tokenizer(tokenizer: Any, info: ModelInfo, largest_id: int) -> Check:
+    if largest_id >= info.vocab_size:
+        return Check(
+            "failed",
+            f"it makes token ids up to {largest_id} of the text, and the target has "
+            f"{info.vocab_size:,}",
+            "tokenize the training data with the target's own tokenizer, or serve the right target",
+        )
+    own = tokenizer_digest(tokenizer)
+    if info.tokenizer_digest is None:
+        return Check("unknown", "the served checkpoint has none; the text will tell")
+    if own == info.tokenizer_digest:
+        return Check("ok", "numbers tokens as the server's does")
+    return Check(
+        "failed",
+        f"it numbers tokens otherwise than the one beside the served weights ({own[:12]}…, there "
+        f"{info.tokenizer_digest[:12]}…)",
+        "tokenize the training data with the target's own tokenizer, or serve the right target",
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    ids = tokenizer(text, verbose=False)["input_ids"][: ROWS * LENGTH]
+    if len(ids) < _FEWEST_TOKENS:
+        raise InvalidRequest(
+            f"the text has {len(ids)} tokens, and {_FEWEST_TOKENS} are needed; give more of it"
+        )
+    rows = max(len(ids) // LENGTH, 1)
+    length = len(ids) // rows
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def _ask(
+    backend: RemoteEagle3Backend, info: ModelInfo, input_ids: Tensor, layers: tuple[int, ...]
+) -> Served:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(info.vocab_size, dtype=torch.bool)
+    mask[input_ids.flatten()] = True
+    others = (~mask).nonzero()[:, 0]
+    others = others[torch.randperm(len(others), generator=generator)]
+    mask[others[: max(_DRAFT_VOCAB_SIZE - int(mask.sum()), 0)]] = True
+    ids = mask.nonzero()[:, 0]
+    ids = ids[torch.randperm(len(ids), generator=generator)]  # an order that a sort would change
+    backend.set_vocab_mapping(ids, mask)
+    every = torch.ones_like(input_ids)
+    batch = backend.generate_batch(input_ids, every, every)
+    captured = backend.capture(input_ids, every, every, outputs=("argmax",))
+    assert batch.target_probs is not None
+    assert batch.position_mask is not None
+    return Served(
+        info,
+        input_ids,
+        ids,
+        layers,
+        batch.aux_hidden_states.cpu(),
+        batch.target_probs.cpu(),
+        batch.position_mask[..., 0].cpu(),
+        captured.argmax.cpu(),
+    )
+
+
+def _mapping(served: Served) -> Check:
+    """Compare the distributions' top ids with the argmax over the whole vocab."""
+    in_vocab = torch.isin(served.argmax, served.selected_token_ids)
+    in_vocab[:, -1] = False  # nothing follows
+    if not torch.equal(in_vocab, served.position_mask):
+        wrong = int((in_vocab ^ served.position_mask).sum())
+        return Check(
+            "failed",
+            f"position_mask is wrong at {wrong} of {in_vocab.numel()} positions: it does not mark "
+            "where the target's argmax is in the draft vocab",
+            "the server's draft vocab is another set of ids than was registered, or its rows are "
+            "shifted: restart it, and report this",
+        )
+    where = in_vocab.nonzero(as_tuple=True)
+    rows = served.target_probs[where]
+    of_argmax = rows.gather(-1, _places(served)[served.argmax[where]][:, None])[:, 0]
+    is_top = of_argmax >= 0.98 * rows.amax(-1)  # in bfloat16 the two largest are often equal
+    share = float(is_top.float().mean()) if len(rows) else 1.0
+    values = {"same_top": share, "positions": len(rows)}
+    if share >= _SAME_TOP:
+        return Check(
+            "ok", f"draft-vocab ids are numbered as registered ({share:.1%})", None, values
+        )
+    return Check(
+        "failed",
+        f"the distributions' top id is the target's argmax at {share:.1%} of {len(rows)} rows: "
+        "their columns are another order of the draft vocab than was registered (a permuted "
+        "mapping)",
+        "compare the order of selected_token_ids on both sides; a sort on the way does this",
+        values,
+    )
+
+
+def _places(served: Served) -> Tensor:
+    """Return each token id's column [V]; -1 outside the draft vocab."""
+    place = torch.full((served.info.vocab_size,), -1)
+    place[served.selected_token_ids] = torch.arange(len(served.selected_token_ids))
+    return place
+
+
+def _log_likelihoods(served: Served) -> dict[int, float]:
+    """Return the mean ln p of the token that stands k further than the one to be predicted.
+
+    Column t is of the token at t + 2: `target_probs` are shifted, and predict what follows.
+    """
+    place = _places(served)
+    length = served.input_ids.shape[1]
+    columns = torch.arange(2, length - 4)
+    found = {}
+    for k in _OFFSETS:
+        follows = place[served.input_ids[:, columns + 2 + k]]
+        p = served.target_probs[:, columns].gather(-1, follows[..., None])
+        found[k] = float(p.clamp_min(1e-9).log().mean())
+    return found
+
+
+def _text(served: Served) -> Check:
+    """Ask whether the distributions have their mass on the tokens that really follow."""
+    scores = _log_likelihoods(served)
+    chance = -math.log(len(served.selected_token_ids))
+    best = max(scores, key=scores.__getitem__)
+    perplexity = math.exp(-scores[0])
+    values = {"perplexity": perplexity, "draft_vocab_size": len(served.selected_token_ids)}
+    values |= {f"perplexity_{k:+d}": math.exp(-score) for k, score in scores.items() if k}
+    if scores[best] < chance + _NATS:
+        return Check(
+            "failed",
+            f"the tokens that follow have no mass: perplexity {perplexity:,.0f} in a draft vocab "
+            f"of {len(served.selected_token_ids):,}, whatever shift is assumed",
+            "another tokenizer than the target's, another vocabulary, broken weights, or a text "
+            "that the target cannot know",
+            values,
+        )
+    if best != 0 and scores[best] > scores[0] + _NATS:
+        return Check(
+            "failed",
+            f"the distributions are of the token {abs(best)} {'after' if best > 0 else 'before'} "
+            f"the one they stand for (shifted by {best:+d}): perplexity "
+            f"{math.exp(-scores[best]):,.1f} there, {perplexity:,.0f} where it belongs",
+            "supervision would be wrong at every position: do not train on it, and report this",
+            values,
+        )
+    return Check(
+        "ok", f"the tokens that follow have perplexity {perplexity:,.1f} of "
+        f"{len(served.selected_token_ids):,}", None, values,
+    )  # fmt: skip
+
+
+def kl(expected: Tensor, got: Tensor) -> float:
+    """Return the mean KL divergence of rows of probabilities, nats."""
+    expected, got = expected.double().clamp_min(1e-12), got.double().clamp_min(1e-12)
+    return float((expected * (expected.log() - got.log())).sum(-1).mean())
+
+
+def _replica(served: Served, first: Served) -> Check:
+    if served.input_ids.shape != first.input_ids.shape or len(served.selected_token_ids) != len(
+        first.selected_token_ids
+    ):
+        distance = math.inf
+    else:
+        rows = slice(None), slice(0, served.input_ids.shape[1] - 1)
+        distance = kl(first.target_probs[rows], served.target_probs[rows])
+    values = {"kl": distance, "fingerprint": served.info.fingerprint}
+    same_name = served.info.fingerprint == first.info.fingerprint
+    if distance <= _SAME_REPLICA and same_name:
+        return Check("ok", f"computes what the first server does (KL {distance:.1e})", None, values)
+    named = "names the same target" if same_name else "names another target"
+    return Check(
+        "failed",
+        f"is no replica of the first server: it {named}, and its distributions are {distance:.2g} "
+        "nats (KL) away",
+        "serve the same checkpoint, revision and dtype everywhere",
+        values,
+    )

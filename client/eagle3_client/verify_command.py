@@ -1,0 +1,77 @@
+"""`eagle3-remote verify`: the command line of `verify`, apart from its options."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from eagle3_client.backend import RemoteEagle3Backend
+from eagle3_client.check_command import load_tokenizer, split_ids, terminal_width
+from eagle3_client.config import split_urls
+from eagle3_client.verify import VerifyReport, verify
+from eagle3_client.verify_local import LocalTarget
+from eagle3_schemas.errors import InvalidRequest
+
+_RETRY_FOR_S = 10.0
+
+
+def verify_servers(
+    urls: Sequence[str],
+    *,
+    tokenizer: str,
+    text: Path,
+    model: str | None,
+    aux_layer_ids: str | None,
+) -> list[VerifyReport]:
+    """Verify servers as the command's options say; URLs and token may come from the environment.
+
+    Raises:
+        InvalidRequest: an option that cannot work, with what would.
+        RemoteEagle3Error: a server cannot be asked.
+    """
+    named = split_urls(",".join(urls) or os.environ.get("EAGLE3_URLS", ""))
+    if not named:
+        raise InvalidRequest("name a server, as http://host:port, or set EAGLE3_URLS")
+    layers = None if aux_layer_ids is None else split_ids(aux_layer_ids)
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"--text {text} cannot be read as UTF-8: {exc}") from exc
+    loaded = load_tokenizer(tokenizer)
+    with ExitStack() as stack:
+        backends = [
+            (
+                url,
+                stack.enter_context(
+                    RemoteEagle3Backend(
+                        url,
+                        token=os.environ.get("EAGLE3_TOKEN") or None,
+                        aux_layer_ids=layers,
+                        encoding="probs",
+                        rows="loss_mask",
+                        retry_for_s=_RETRY_FOR_S,
+                    )
+                ),
+            )
+            for url in named
+        ]
+        local = None
+        if model is not None:
+            local = LocalTarget.load(model, backends[0][1].model_info().dtype)
+        return verify(backends, loaded, words, local, layers)
+
+
+def render(reports: Sequence[VerifyReport], *, as_json: bool) -> str:
+    """Return the reports as one JSON document, or as lines that fit the terminal."""
+    if as_json:
+        document = {
+            "format": 1,
+            "passed": all(report.has_passed for report in reports),
+            "servers": [report.to_dict() for report in reports],
+        }
+        return json.dumps(document, indent=2)
+    width = terminal_width()
+    return "\n\n".join(report.to_text(width) for report in reports)
