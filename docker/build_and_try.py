@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from engine import HARDENED, Docker, PipConf, Podman, free_port, wait_for
+from pip._internal.models.index import PyPI
 from small_training import STEPS, draft_vocab, random_batch, small_target, train_against
 
 from eagle3_client import RemoteEagle3Backend
@@ -130,8 +131,7 @@ class Trial:
         """All layers, the configuration and the history, as they are pushed to a registry."""
         environment = self.engine.inspect(TAG)["Config"]["Env"]
         assert not [each for each in environment if "TOKEN" in each], environment
-        # pip itself knows the public index.
-        hosts = self.pip_conf.hosts - {"pypi.org"}
+        hosts = self.pip_conf.hosts - {PyPI.netloc}  # pip itself names that one
         forbidden = {self.token, self.mark, "etc/pip.conf\0", "mnt/pip", *hosts}
         known = "Target-model server for EAGLE-3 draft training"  # in the labels
         code = "eagle3_server/checking.py\0"  # in a layer

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = "docker.io/library/debian:bookworm-slim"  # what the Dockerfile's stages are FROM
+BASE = "debian:bookworm-slim"  # what the Dockerfile's stages are FROM
 HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 _PODMAN_TOOLS = ("buildah", "debootstrap", "podman", "runc")  # commands and Debian's packages
 _PIP_FILES = "/mnt/pip"  # where a build sees local files that pip's configuration names
