@@ -1,8 +1,7 @@
 """Build the CPU image and try what its documentation promises; exit with 1 if anything fails.
 
-    sudo .venv/bin/python docker/build_and_try.py                # Debian's podman, from nothing
-    sudo .venv/bin/python docker/build_and_try.py --store DIR    # and keep the image there
-    .venv/bin/python docker/build_and_try.py --engine docker     # not run by us: no engine at hand
+    sudo .venv/bin/python docker/build_and_try.py    # Debian's podman; --store DIR keeps the image
+    .venv/bin/python docker/build_and_try.py --engine docker    # not run by us: no engine at hand
 
 A target that the script makes is served from the container, and a trainer in this process trains
 against it. Nothing is skipped: what cannot be had ends the script with a message and 1.
@@ -131,8 +130,8 @@ class Trial:
         """All layers, the configuration and the history, as they are pushed to a registry."""
         environment = self.engine.inspect(TAG)["Config"]["Env"]
         assert not [each for each in environment if "TOKEN" in each], environment
-        hosts = self.pip_conf.hosts - {PyPI.netloc}  # pip itself names that one
-        forbidden = {self.token, self.mark, "etc/pip.conf\0", "mnt/pip", *hosts}
+        forbidden = {self.token, self.mark, "etc/pip.conf\0", "mnt/pip"}
+        forbidden |= self.pip_conf.hosts - {PyPI.netloc}  # pip itself names that one
         known = "Target-model server for EAGLE-3 draft training"  # in the labels
         code = "eagle3_server/checking.py\0"  # in a layer
         found = self.words_of_the_image({*forbidden, known, code})
@@ -268,8 +267,7 @@ def main() -> int:
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory(prefix="eagle3-try-") as temporary:
         folder = Path(temporary)
-        store = arguments.store or folder / "podman"
-        store.mkdir(parents=True, exist_ok=True)
+        (store := arguments.store or folder / "podman").mkdir(parents=True, exist_ok=True)
         engine = Docker() if arguments.engine == "docker" else Podman(store.absolute())
         try:
             trial = Trial(engine, folder, arguments.torch_index)
@@ -295,7 +293,7 @@ def main() -> int:
     if arguments.store is not None:
         print(f"kept as {KEPT}:\n  {engine.keep(TAG, KEPT)}")
     print(f"{sum(ended)} checks passed, {len(ended) - sum(ended)} failed")
-    return 0 if all(ended) else 1
+    return int(not all(ended))
 
 
 if __name__ == "__main__":
