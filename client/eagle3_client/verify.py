@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from eagle3_client.backend import RemoteEagle3Backend
-from eagle3_client.preflight_report import Check, as_lines
+from eagle3_client.preflight_report import Check
+from eagle3_client.verify_report import VerifyReport
 from eagle3_schemas import ModelInfo
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.tokenizer import tokenizer_digest
@@ -31,40 +32,6 @@ _OFFSETS = (-2, -1, 0, 1, 2)
 _NATS = 1.0  # what a right answer has to be better by
 _SAME_TOP = 0.99  # of the positions
 _SAME_REPLICA = 0.02  # mean KL, nats: other kernels and devices stay far below
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was found of one server; `str` of it is for a reader."""
-
-    url: str
-    checks: dict[str, Check]
-    elapsed_s: float
-
-    @property
-    def has_passed(self) -> bool:
-        """Whether nothing failed."""
-        return all(check.status != "failed" for check in self.checks.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        checks = {
-            name: {
-                "status": check.status,
-                "detail": check.detail,
-                "remedy": check.remedy,
-                "values": check.values,
-            }
-            for name, check in self.checks.items()
-        }
-        return {"url": self.url, "passed": self.has_passed, "checks": checks}
-
-    def to_text(self, width: int = 80) -> str:
-        """Return it as lines of at most `width` columns."""
-        return "\n".join([self.url, *as_lines(self.checks, width)])
-
-    def __str__(self) -> str:
-        return self.to_text()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.check_command import load_tokenizer, split_ids, terminal_width
 from eagle3_client.config import split_urls
-from eagle3_client.verify import VerifyReport, verify
+from eagle3_client.verify import verify
 from eagle3_client.verify_local import LocalTarget
+from eagle3_client.verify_report import VerifyReport
 from eagle3_schemas.errors import InvalidRequest
 
 _RETRY_FOR_S = 10.0
