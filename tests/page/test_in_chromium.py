@@ -1,51 +1,16 @@
-"""The page in a real Chromium: what it shows, keeps, and lets run; by keyboard, small and dark."""
+"""The page in a real Chromium: what it shows of a server, what it keeps, and what it lets run."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from tests.page.conftest import DRAFT_IDS, HOSTILE, TOKEN, train, unlock
+from tests.page.conftest import HOSTILE, TOKEN, train, unlock
+from tests.page.reading import TEXT, entries, is_quiet, milliseconds, rows, texts
 
 pytestmark = pytest.mark.slow
-
-UNAUTHORIZED = "error: Failed to load resource: the server responded with a status of 401"
-TEXT = f"Tea for\ttwo\n{HOSTILE[0]} {HOSTILE[1]}"
-
-
-def texts(page: Any, selector: str) -> list[str]:
-    return [" ".join(text.split()) for text in page.locator(selector).all_inner_texts()]
-
-
-def entries(page: Any, list_id: str) -> dict[str, str]:
-    return dict(zip(texts(page, f"#{list_id} dt"), texts(page, f"#{list_id} dd"), strict=True))
-
-
-def rows(page: Any, table_id: str) -> list[list[str]]:
-    lines = page.locator(f"#{table_id} tbody tr").all()
-    return [[" ".join(cell.split()) for cell in line.locator("td").all_inner_texts()]
-            for line in lines]  # fmt: skip
-
-
-def is_quiet(page: Any, *expected: str) -> None:
-    """No script failed, nothing was blocked, and nobody else was asked."""
-    heard = [line for line in page.heard if not line.startswith((UNAUTHORIZED, *expected))]
-    assert heard == []
-    assert page.evaluate("window.violations") == []
-    assert page.evaluate("window.ran") is None
-    origin = re.match(r"http://[^/]+/", page.url)
-    assert origin is not None
-    assert all(request.url.startswith(origin[0]) for request in page.asked)
-
-
-def milliseconds(text: str) -> float:
-    value, unit = text.split()
-    return float(value) * {"ms": 1, "s": 1000}[unit]
 
 
 def test_with_a_token_it_shows_what_the_status_says(start: Any, visit: Any) -> None:
@@ -236,170 +201,6 @@ def test_markup_in_any_text_of_a_status_stays_text(start: Any, visit: Any) -> No
     assert page.locator("script").count() == 1
     assert page.locator("img").count() == 0
     is_quiet(page, "error: Failed to load resource: the server responded with a status of 422")
-
-
-def test_the_probe_shows_the_answer_and_the_answer_is_right(
-    start: Any, visit: Any, checkpoint: Path
-) -> None:
-    """Against the endpoint, and against transformers alone."""
-    import transformers
-
-    server = start()
-    train(server)
-    page = visit(server.url)
-    unlock(page)
-    page.locator("#text").fill(TEXT)
-    page.locator("#top").fill("3")
-    (digest,) = [each["digest"] for each in server.get("/v1/status")["draft_vocabs"]]
-    page.locator("#vocab").select_option(digest)
-    page.locator("#go").click()
-    page.locator("#answer").wait_for()
-    answer = server.inspect(text=TEXT, top_k=3)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    ids = tokenizer(TEXT)["input_ids"]
-    with torch.no_grad():
-        logits = model.eval()(torch.tensor([ids])).logits[0].double().numpy()
-    lines = page.locator("#answer tbody tr").all()
-    assert len(lines) == len(ids) == len(answer["tokens"])
-    for token_id, row, line, told in zip(ids, logits, lines, answer["tokens"], strict=True):
-        weights = np.exp(row[DRAFT_IDS.numpy()])
-        probs = weights / weights.sum()
-        best = np.argsort(-probs)[:3]
-        cells = line.locator("td").all()
-        assert cells[0].locator(".token").get_attribute("title") == f"id {token_id}"
-        titles = [each.get_attribute("title") for each in cells[1].locator(".token").all()]
-        assert titles == [f"id {DRAFT_IDS[i]}" for i in best]
-        assert titles == [f"id {each['token_id']}" for each in told["next_expected"]]
-        shown = [
-            float(text.split()[0])
-            for text in cells[1].locator(".next > :last-child").all_inner_texts()
-        ]
-        assert shown == pytest.approx([100 * probs[i] for i in best], abs=0.06)
-        widths = cells[1].evaluate(
-            "(cell) => [...cell.querySelectorAll('.bar')].map((bar) =>"
-            " bar.firstChild.getBoundingClientRect().width / bar.getBoundingClientRect().width)"
-        )
-        assert widths == pytest.approx([probs[i] for i in best], abs=0.02)
-        entropy = -(probs * np.log(probs)).sum()
-        assert float(cells[2].inner_text().split()[0]) == pytest.approx(entropy, abs=0.006)
-        is_inside = int(row.argmax()) in set(DRAFT_IDS.tolist())
-        assert cells[3].locator(".token").get_attribute("title") == f"id {row.argmax()}"
-        words = "✓ in the draft vocab" if is_inside else "✗ not in the draft vocab"
-        assert cells[3].inner_text().endswith(words)
-    forms = texts(page, "#answer td:first-child .token")
-    assert {"␣", "⇥", "↵"} <= set(forms)
-    is_quiet(page)
-    assert server.get("/v1/status")["tokens"]["sent"] == 96  # nobody's training
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_stands_out_in_both_schemes(start: Any, visit: Any, scheme: str) -> None:
-    """WCAG's AA: a contrast of 4.5 at least, computed from what the browser computed."""
-    server = start()
-    train(server)
-    page = visit(server.url, color_scheme=scheme)
-    page.locator("#token").fill("wrong")
-    page.keyboard.press("Enter")
-    page.locator("#wrong:not(:empty)").wait_for()
-    found = page.evaluate(CONTRASTS)
-    unlock(page)
-    page.locator("#text").fill(TEXT)
-    page.locator("#go").click()
-    page.locator("#answer").wait_for()
-    page.locator("#go:not([aria-disabled])").wait_for()
-    found += page.evaluate(CONTRASTS)
-    assert {"Ready", "Probe", "✓ in the draft vocab", "malformed_payload"} <= {
-        each["text"] for each in found
-    }
-    low = [each for each in found if each["ratio"] < 4.5]
-    assert low == []
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    lightness = sum(map(int, re.findall(r"\d+", back)[:3])) / 765
-    assert (lightness > 0.9) == (scheme == "light")
-    assert (lightness < 0.1) == (scheme == "dark")
-
-
-CONTRASTS = """() => {
-  const numbers = (color) => color.match(/[0-9.]+/g).map(Number);
-  const light = (color) => numbers(color).slice(0, 3).map((c) => c / 255)
-    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const color = getComputedStyle(node).backgroundColor;
-      if ((numbers(color)[3] ?? 1) > 0) return color;
-    }
-  };
-  return [...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
-      && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()))
-    .map((node) => {
-    const ends = [light(getComputedStyle(node).color), light(behind(node))].sort();
-    let opacity = 1;
-    for (let each = node; each; each = each.parentElement)
-      opacity *= getComputedStyle(each).opacity;
-    const ratio = (Math.max(...ends) + 0.05) / (Math.min(...ends) + 0.05);
-    return { text: node.textContent.trim().slice(0, 40), ratio: opacity < 1 ? 0 : ratio };
-  });
-}"""
-
-
-@pytest.mark.parametrize("width", [320, 1200])
-def test_nothing_is_wider_than_the_screen(start: Any, visit: Any, width: int) -> None:
-    """With the longest names that there can be."""
-    server = start()
-    train(server)
-    status = server.get("/v1/status")
-    status["model_id"] = "m" * 200
-    status["clients"] = [{**status["clients"][0], "client": "t" * 64}] * 40
-    status["errors"] = [{**status["errors"][0], "detail": "d" * 300, "request_id": "r" * 64}] * 20
-    page = visit(server.url, viewport={"width": width, "height": 700})
-    page.locator("#ask").wait_for()
-    wide = "[document.documentElement.scrollWidth, window.innerWidth]"
-    assert page.evaluate(wide) == [width, width]
-    page.route("**/v1/status", lambda route: route.fulfill(json=status))
-    unlock(page)
-    page.locator("#text").fill(TEXT + "w" * 100)
-    page.locator("#go").click()
-    page.locator("#answer").wait_for()
-    assert page.evaluate(wide) == [width, width]
-    cut = page.evaluate(
-        "[...document.querySelectorAll('.scroll, .card, td, dl, .next')].filter((node) =>"
-        " node.scrollWidth > node.clientWidth + 1 && getComputedStyle(node).display !== 'inline')"
-        ".map((node) => node.id || node.className)"
-    )
-    assert cut == []
-
-
-def test_all_of_it_is_reached_by_tab_and_shows_where_one_is(start: Any, visit: Any) -> None:
-    server = start()
-    train(server)
-    page = visit(server.url)
-    page.locator("#token").wait_for()
-    assert page.evaluate("document.activeElement.id") == "token"
-    page.keyboard.type(TOKEN)
-    page.keyboard.press("Enter")
-    page.locator("#cards").wait_for()
-    reached = []
-    for _ in range(8):
-        page.keyboard.press("Tab")
-        name, outline = page.evaluate(
-            "(() => { const at = document.activeElement; const style = getComputedStyle(at);"
-            " return [at.id || at.getAttribute('aria-labelledby') || at.tagName,"
-            " style.outlineStyle === 'none' ? 0 : parseFloat(style.outlineWidth)]; })()"
-        )
-        if name != "BODY":
-            assert outline >= 2, name
-        reached.append(name)
-    expected = ["forget", "h-trainers", "h-errors", "text", "vocab", "top", "go"]
-    assert reached[:7] == expected
-    page.locator("#text").focus()
-    page.keyboard.type("tea")
-    for _ in range(3):
-        page.keyboard.press("Tab")
-    page.keyboard.press("Enter")
-    page.locator("#answer").wait_for()
-    is_quiet(page)
 
 
 def test_a_server_that_is_gone_is_told_and_found_again(start: Any, visit: Any) -> None:
