@@ -1,7 +1,7 @@
 """What a quantised target changes on the real SmolLM2-135M-Instruct, and in a draft trained on it.
 
-The table goes between the markers in ``docs/scaling.md``. One small draft is trained on each target
-with the same seed and batches, and then evaluated on held-out text with the float32 target's
+The table goes between the markers in ``docs/operations.md``. One small draft is trained on each
+target with the same seed and batches, and then evaluated on held-out text with the float32 target's
 supervision. Run as ``python benchmarks/quantised.py`` with bitsandbytes, torchao and
 compressed-tensors installed; ten minutes on two idle cores.
 
@@ -259,7 +259,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_output_options(parser)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="SmolLM2's checkpoint directory, else it is downloaded")
-    add("--docs", type=Path, default=REPOSITORY / "docs" / "scaling.md", help="gets the table")
+    add("--docs", type=Path, default=REPOSITORY / "docs" / "operations.md", help="gets the table")
     add("--scratch", type=Path, default=REPOSITORY / ".cache" / "quantised")
     add("--steps", type=int, default=40)
     add("--test-batches", type=int, default=4)

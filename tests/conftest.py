@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from hypothesis import settings
+from tests.pages import ROOT, run_by
 from torch import Tensor, nn
 
 pytest_plugins = ["tests.servers", "tests.oracle"]  # their fixtures are for all suites
@@ -104,6 +105,13 @@ def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("EAGLE3_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def documented(request: pytest.FixtureRequest) -> list[str]:
+    """The blocks of the pages that say that this test runs them."""
+    file = request.path.relative_to(ROOT).as_posix()
+    return run_by(f"{file}::{request.function.__name__}")
 
 
 @pytest.fixture(scope="session")

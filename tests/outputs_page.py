@@ -1,4 +1,4 @@
-"""Generates the tables of docs/outputs.md: `python -m tests.outputs_page`."""
+"""Generates the tables of docs/integrations.md: `python -m tests.outputs_page`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.generated import with_parts
 from eagle3_schemas.capture import DRAFT_VOCAB_OUTPUTS, OUTPUTS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "outputs.md"
+PAGE = ROOT / "docs" / "integrations.md"
 
 NEMO = "NeMo AutoModel 0.7.0, `components/speculative/"
 SPECFORGE = "SpecForge 0.2.0, `specforge/"

@@ -1,4 +1,4 @@
-"""Generates the tables of docs/sizing.md: `python -m tests.sizing_page`.
+"""Generates the tables of docs/performance.md: `python -m tests.sizing_page`.
 
 Arithmetic from published sizes of models; the formulas stand on the page, in the same letters.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from tests.generated import with_parts
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "sizing.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 SUPERVISED = 0.6

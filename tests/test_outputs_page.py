@@ -1,8 +1,7 @@
-"""docs/outputs.md: its tables are the code's, its tests exist, its code runs."""
+"""docs/integrations.md: its tables are the code's, its tests exist, its code runs."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from tests.outputs_page import PAGE, ROOT, TRAINERS, tables, with_tables
@@ -30,10 +29,11 @@ def test_every_output_has_a_trainer_that_needs_it_or_a_reason() -> None:
     assert set(OUTPUTS) - asked == {"argmax", "position_mask"}  # metrics: would the draft be right
 
 
-def test_its_code_runs(build_model: Any, serve: Any, connect: Any, batch_of: Any) -> None:
+def test_its_code_runs(
+    build_model: Any, serve: Any, connect: Any, batch_of: Any, documented: list[str]
+) -> None:
     """Against a target of 7 layers: the layer ids of the page are cut to it."""
-    page = PAGE.read_text(encoding="utf-8")
-    code, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = documented
     code = code.replace("(2, 9, 16, 23)", "(2, 0, 6, 3)").replace("aux_of(9)", "aux_of(0)")
     inputs = batch_of(131)
     names = {

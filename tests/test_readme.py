@@ -1,26 +1,21 @@
-"""The README's trainer code runs as printed, with only the URL replaced."""
+"""The README's trainer code, its two hosts, and the test commands it names."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.shells import run, serving
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def code_blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+from eagle3_client import RemoteEagle3Backend, Unauthorized
 
 
 def test_the_trainer_code_runs_as_printed(
-    live_server: Any, model: Any, capsys: pytest.CaptureFixture[str]
+    live_server: Any, model: Any, documented: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, capture = code_blocks("python")
+    (code,) = documented
     assert code.count("http://target-host:8001") == 1
     assert len([line for line in code.splitlines() if line.strip()]) <= 9
     vocab_size = model.config.vocab_size
@@ -46,11 +41,6 @@ def test_the_trainer_code_runs_as_printed(
         "trainer": Trainer(),
     }
     exec(code.replace("http://target-host:8001", live_server(model)), scope)
-    # Of the layers it names this small target has the first; the ids come from its other code.
-    scope |= {"input_ids": input_ids, "attention_mask": ones, "loss_mask": ones}
-    assert capture.count("(1, 9, 17, 25)") == 1
-    exec(capture.replace("(1, 9, 17, 25)", "(1, 0, 5, 3)"), scope)
-    assert scope["captured"].aux.shape == (2, 11, 4 * model.config.hidden_size)
     scope["target"].close()
     assert len(seen) == 2
     assert "first batch after" in capsys.readouterr().out
@@ -58,14 +48,22 @@ def test_the_trainer_code_runs_as_printed(
     assert bool(seen[0]["position_mask"].any())
 
 
-def test_every_command_of_the_readme_exists() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for block in code_blocks("console"):
-        for target in re.findall(r"^\$ make (\S+)", block, re.MULTILINE):
-            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_every_link_of_the_readme_leads_somewhere() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)", text):
-        assert (ROOT / link).exists(), link
+def test_two_hosts(checkpoint: Path, tmp_path: Path, documented: list[str]) -> None:
+    """On one: a port of its own, and no other host may come. The token is as printed."""
+    script, metrics = documented
+    assert script.count("0.0.0.0 --port 8001") == 1
+    script = script.replace("$ ", "").replace("0.0.0.0 --port 8001", "127.0.0.1 --port 0")
+    script = script.replace("\neagle3", '\necho "$EAGLE3_TOKEN" > token\neagle3')
+    with serving(script, tmp_path, MODEL=str(checkpoint)) as served:
+        token = (tmp_path / "token").read_text().strip()
+        assert len(token) == 32
+        with (
+            RemoteEagle3Backend(served.urls) as stranger,
+            pytest.raises(Unauthorized, match="EAGLE3_TOKEN"),
+        ):
+            stranger.model_info()
+        with RemoteEagle3Backend(served.urls, token=token) as target:
+            assert target.model_info().model_id == "tiny-llama"
+        assert metrics.count("http://127.0.0.1:8001") == 1
+        command = metrics.removeprefix("$ ").replace("http://127.0.0.1:8001", served.urls)
+        assert "eagle3_ready 1.0" in run(command, tmp_path, EAGLE3_TOKEN=token).stdout

@@ -1,4 +1,4 @@
-"""docs/sizing.md: its tables are generated, and its bytes are those of real answers."""
+"""docs/performance.md: its tables are generated, and its bytes are those of real answers."""
 
 from __future__ import annotations
 

@@ -1,33 +1,20 @@
-"""Runs the code of docs/training.md; imported by processes too, so it needs no pytest."""
+"""Runs code of the pages; imported by processes too, so it needs no pytest."""
 
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 
-
-def code_of(heading: str) -> str:
-    """The one block of Python under a heading."""
-    (section,) = [
-        part for part in re.split(r"\n(?=## )", PAGE.read_text()) if part.startswith(heading)
-    ]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    return str(code)
-
-
-def run(heading: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run a block with these names; returns all it knows at its end."""
-    code = code_of(heading)
+def run(blocks: list[str], names: dict[str, Any]) -> dict[str, Any]:
+    """Run the one block there is with these names; returns all it knows at its end."""
+    (code,) = blocks
     if (patience := os.environ.get("PAGE_RETRY_FOR_S")) is not None:
         assert code.count("from_env()") == 1
         code = code.replace("from_env()", f"from_env(retry_for_s={patience})")
-    exec(compile(code, str(PAGE), "exec"), names)
+    exec(compile(code, "a page", "exec"), names)
     return names
 
 

@@ -126,7 +126,7 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
         max_retries: int | None = None,
         **kwargs: object,
     ) -> RemoteEagle3Backend:
-        """Build a backend with the names of NeMo AutoModel's client; see docs/training.md.
+        """Build a backend with the names of NeMo AutoModel's client; see docs/integrations.md.
 
         The token is EAGLE3_TOKEN's unless one is given.
 
@@ -150,6 +150,9 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
     @classmethod
     def from_env(cls, **kwargs: object) -> RemoteEagle3Backend:
         """Build a backend from EAGLE3_URLS (comma-separated) and EAGLE3_TOKEN; the rest by name.
+
+        Args:
+            kwargs: any other argument of the constructor.
 
         Raises:
             InvalidRequest: EAGLE3_URLS is not set.
@@ -341,8 +344,8 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
     ) -> RemoteBatchHandle[Eagle3TargetBatch]:
         """Start `generate_batch` and return a handle; arguments are copied before it returns.
 
-        A request beyond `num_remote_servers`, or a prefetch's depth, waits. Bad arguments raise
-        here, the rest later.
+        Arguments as `generate_batch` has them. A request beyond `num_remote_servers`, or a
+        prefetch's depth, waits. Bad arguments raise here, the rest later.
         """
         submission = self._submission(
             input_ids, attention_mask, loss_mask, position_ids, seq_lens, doc_remaining

@@ -62,6 +62,9 @@ class Prefetch(Generic[Batch, Answer]):
         depth: how many requests are in flight.
         allow_in_flight: told the depth before that many requests are submitted.
         clock: seconds that only grow.
+
+    Raises:
+        InvalidRequest: `batches` is no iterable.
     """
 
     def __init__(

@@ -69,10 +69,13 @@ class PreflightReport:
     """What was found of all servers; `str` of it is for a reader."""
 
     servers: tuple[ServerReport, ...]
+    """Of each URL, in their order."""
     fleet: dict[str, Check]
+    """Of all together, by name; empty for one server."""
     client: dict[str, str]
     """This side: `version` and `torch_version`."""
     elapsed_s: float
+    """Seconds it all took."""
 
     @property
     def has_passed(self) -> bool:

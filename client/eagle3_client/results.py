@@ -49,7 +49,7 @@ class TargetEmbeddings:
 
 
 class RemoteBatchHandle(Generic[AnyBatch]):
-    """An `Eagle3TargetBatch`, or a `Capture`, on its way; see `BatchHandle`."""
+    """An `Eagle3TargetBatch`, or a `Capture`, on its way; see `BatchHandle`. For any thread."""
 
     def __init__(self, future: Future[AnyBatch], cancellation: Cancellation) -> None:
         self._future: Future[AnyBatch] = future

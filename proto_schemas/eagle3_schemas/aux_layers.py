@@ -17,6 +17,9 @@ NUM_AUX_LAYERS: Final = 3
 def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
     """Return `[1, L//2 - 1, L - 4]`, the EAGLE-3 default (as SpecForge and NeMo AutoModel have it).
 
+    Args:
+        num_hidden_layers: L, the target's decoder layers.
+
     Raises:
         InvalidRequest: the target is too shallow for three distinct ids; pass `aux_layer_ids`.
     """
@@ -32,6 +35,10 @@ def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
 
 def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
     """Return the ids as a tuple if they are three distinct decoder layers.
+
+    Args:
+        aux_layer_ids: layer outputs, in the order wanted.
+        num_hidden_layers: L, the target's decoder layers.
 
     Raises:
         InvalidRequest: any other number of ids, a repeated one, or one out of range.

@@ -19,7 +19,7 @@ class EmbeddingsLike(Protocol):
 
 
 class BatchHandle(Protocol):
-    """An `Eagle3TargetBatch` on its way."""
+    """An `Eagle3TargetBatch` on its way; any thread may wait for it or cancel it."""
 
     def result(self, timeout: float | None = None) -> Eagle3TargetBatch:
         """Wait up to `timeout` seconds for the batch.
@@ -34,7 +34,11 @@ class BatchHandle(Protocol):
 
 
 class Eagle3TargetBackend(ABC):
-    """Supplies the frozen target's supervision (the contract of NeMo AutoModel's recipe)."""
+    """Supplies the frozen target's supervision (the contract of NeMo AutoModel's recipe).
+
+    Whether several threads may use one at once, each backend says: `RemoteEagle3Backend` allows it,
+    `HFEagle3TargetModel` does not.
+    """
 
     @abstractmethod
     def generate_batch(
@@ -89,6 +93,8 @@ class Eagle3TargetBackend(ABC):
         doc_remaining: torch.Tensor | None = None,
     ) -> BatchHandle:
         """Start `generate_batch` and return a handle; check `supports_async` first.
+
+        Arguments as `generate_batch` has them.
 
         Raises:
             NotImplementedError: this backend is synchronous; call `generate_batch`.

@@ -59,7 +59,11 @@ class Eagle3TargetBatch:
             )
 
     def to_trainer_inputs(self) -> dict[str, torch.Tensor | None]:
-        """Return the keyword arguments of the trainer's forward for the source carried."""
+        """Return the keyword arguments of the trainer's forward for the source carried.
+
+        The attributes themselves, of the shapes they have there; `target_logits` [B, T, V] is
+        `logits`. Those of packed rows are there if `seq_lens` is set.
+        """
         inputs: dict[str, torch.Tensor | None] = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,

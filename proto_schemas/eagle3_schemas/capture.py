@@ -138,6 +138,9 @@ class Capture:
     def aux_of(self, layer_id: int) -> torch.Tensor:
         """Return one layer's share of `aux`, a view [B, T, H].
 
+        Args:
+            layer_id: one of `aux_layer_ids`.
+
         Raises:
             AttributeError: `aux` was not asked for.
             InvalidRequest: the layer was not captured.

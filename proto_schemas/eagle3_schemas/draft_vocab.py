@@ -67,7 +67,14 @@ class DraftVocab:
         return self.selected_token_ids.numel()
 
     def check_range(self, vocab_size: int) -> None:
-        """Raise InvalidRequest if an id is not in [0, vocab_size)."""
+        """Check that the ids are of a target's vocab.
+
+        Args:
+            vocab_size: V, the width of the target's logits.
+
+        Raises:
+            InvalidRequest: an id is not in [0, V); the draft vocab is of another tokenizer.
+        """
         largest = int(self.selected_token_ids.max())
         if largest >= vocab_size:
             raise InvalidRequest(
@@ -76,7 +83,11 @@ class DraftVocab:
             )
 
     def mask(self, vocab_size: int) -> torch.Tensor:
-        """Return `selected_token_mask` [vocab_size] bool on the CPU, derived from the ids."""
+        """Return `selected_token_mask` [V] bool on the CPU, derived from the ids.
+
+        Args:
+            vocab_size: V, the width of the target's logits.
+        """
         mask = torch.zeros(vocab_size, dtype=torch.bool)
         mask[self.selected_token_ids] = True
         return mask

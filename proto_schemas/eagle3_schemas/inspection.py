@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from eagle3_schemas.messages import Count, Digest, Message, RequestId
+from eagle3_schemas.messages import Count, Description, Digest, Message, RequestId
 
 
 class InspectRequest(Message):
@@ -20,7 +20,7 @@ class InspectRequest(Message):
     """How many expected tokens to tell of each position."""
 
 
-class TokenText(Message):
+class TokenText(Description):
     """A token of the target's tokenizer."""
 
     token_id: Count
@@ -50,7 +50,7 @@ class InspectedToken(TokenText):
     """Whether a draft is trained here (`position_mask`), were the next token supervised."""
 
 
-class InspectResponse(Message):
+class InspectResponse(Description):
     """Answer to `POST /v1/inspect`."""
 
     request_id: RequestId

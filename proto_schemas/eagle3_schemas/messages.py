@@ -1,4 +1,4 @@
-"""Frozen pydantic models, one per message; unknown or ill-typed fields are errors."""
+"""Frozen pydantic models, one per message; ill-typed fields are errors, and so are unknown ones."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class Description(Message):
+    """Base of what a server tells about itself: fields that a reader does not know are ignored.
+
+    So a newer server may tell more. A request stays strict, since a server must not pass over an
+    option it does not know, and so does what numbers are computed from.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
@@ -37,7 +47,7 @@ def parse(kind: type[AnyMessage], fields: object) -> AnyMessage:
     """Validate msgpack or JSON values as a message, saying which field was wrong.
 
     Raises:
-        InvalidRequest: not a map, or a missing, unknown or ill-typed field.
+        InvalidRequest: not a map, or a missing or ill-typed field, or one that must be known.
     """
     if not isinstance(fields, dict):  # what a JSON body holds at its top is the sender's choice
         raise InvalidRequest(f"{kind.__name__} must be a map of fields; got {fields!r:.100}")
@@ -58,7 +68,7 @@ def parse_json(kind: type[AnyMessage], body: bytes | bytearray) -> AnyMessage:
 
     Raises:
         MalformedPayload: not JSON.
-        InvalidRequest: not a map, or a missing, unknown or ill-typed field.
+        InvalidRequest: not a map, or a missing or ill-typed field, or one that must be known.
     """
     try:
         return kind.model_validate_json(body)
@@ -153,7 +163,7 @@ class TargetHeadFields(HeadFields):
     norm_gain_in_float32: bool
 
 
-class Limits(Message):
+class Limits(Description):
     """What the server admits in one request."""
 
     max_tokens_per_request: Count
@@ -163,7 +173,7 @@ class Limits(Message):
     max_body_bytes: Count
 
 
-class ModelInfo(Message):
+class ModelInfo(Description):
     """What the server serves (`GET /v1/model`)."""
 
     protocol_version: int = PROTOCOL_VERSION
@@ -217,7 +227,7 @@ class ModelInfo(Message):
     limits: Limits
 
 
-class DraftVocabInfo(Message):
+class DraftVocabInfo(Description):
     """A registered draft vocab."""
 
     digest: Digest

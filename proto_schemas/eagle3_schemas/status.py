@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from eagle3_schemas.messages import Count, DraftVocabInfo, Message
+from eagle3_schemas.messages import Count, Description, DraftVocabInfo
 
 
-class ClientStatus(Message):
+class ClientStatus(Description):
     """A trainer that was served."""
 
     client: str
@@ -17,7 +17,7 @@ class ClientStatus(Message):
     draft_vocab_digest: str | None
 
 
-class RecentError(Message):
+class RecentError(Description):
     """A request that was refused or failed."""
 
     code: str
@@ -27,7 +27,7 @@ class RecentError(Message):
     seconds_ago: float
 
 
-class StageStatus(Message):
+class StageStatus(Description):
     """How long the last requests (256 at most) spent in a stage."""
 
     requests: Count
@@ -36,7 +36,7 @@ class StageStatus(Message):
     longest_s: float
 
 
-class ServerStatus(Message):
+class ServerStatus(Description):
     """What the server does now (`GET /v1/status`)."""
 
     state: str

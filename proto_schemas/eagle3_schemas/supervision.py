@@ -11,6 +11,9 @@ def shift_left_with_zero(tensor: torch.Tensor) -> torch.Tensor:
     """Drop column 0 and append a zero column: [B, T, ...] -> [B, T, ...], same dtype and device.
 
     The same rule as NeMo AutoModel's `_shift_left_with_zero` and SpecForge's `padding(left=False)`.
+
+    Args:
+        tensor: [B, T, ...], any dtype and device.
     """
     return torch.cat((tensor[:, 1:], torch.zeros_like(tensor[:, :1])), dim=1)
 

@@ -19,6 +19,9 @@ def tokenizer_digest(tokenizer: HasVocab) -> str:
 
     Ids trained on with another tokenizer are valid and meaningless, which nothing else would tell.
     How text is cut into tokens is not covered: it decides which ids there are, not what they mean.
+
+    Args:
+        tokenizer: transformers' or `tokenizers.Tokenizer`; its added tokens count too.
     """
     digest = hashlib.sha256(b"eagle3-tokenizer-v1\0")
     for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):

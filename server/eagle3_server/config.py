@@ -57,7 +57,7 @@ class ServerSettings(BaseSettings):
     target larger than a GPU whose family --tp cannot shard, or has no NCCL."""
     quantization: Quantization | None = None
     """Quantise the weights while loading: bnb-nf4 (4 bits), bnb-int8 or torchao-int8. Who has not
-    the memory for the checkpoint's own dtype; docs/scaling.md says what it costs."""
+    the memory for the checkpoint's own dtype; docs/operations.md says what it costs."""
     tp: Annotated[int, Field(ge=1)] = 1
     """Processes, one a device, that the weights are sharded over. Who serves a target larger than a
     device."""

@@ -210,14 +210,15 @@ class Fleet:
     def _announce(self, urls: str) -> None:
         if urls == self._announced:
             return
+        # First: who waits for the line may read the file at once.
+        if self._settings.urls_file is not None:
+            _write(self._settings.urls_file, urls + "\n")
+            logger.info("wrote their URLs to %s", self._settings.urls_file)
         logger.info("ready: trainers use EAGLE3_URLS=%s", urls)
         if self._announced:
             logger.warning("trainers that were given the former URLs need the new ones")
         self._announced = urls
         self._publish(urls)
-        if self._settings.urls_file is not None:
-            _write(self._settings.urls_file, urls + "\n")
-            logger.info("wrote them to %s", self._settings.urls_file)
 
     def _ended(self, seat: _Seat, code: int) -> None:
         """A server ended: as told, or Ray shall end its actor and start another."""

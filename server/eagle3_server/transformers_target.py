@@ -167,7 +167,11 @@ class TransformersTarget:
         return self._here(tensors)
 
     def target_head(self) -> DeviceTensors:
-        """Return the whole head and the final norm; see `Target`."""
+        """Return the whole head and the final norm; see `Target`.
+
+        Raises:
+            InvalidRequest: the head is no plain linear, or does more than its weights say.
+        """
         head = self._plain_head("the whole head")
         if not self._has_hidden:
             raise InvalidRequest(
@@ -185,7 +189,15 @@ class TransformersTarget:
         return self._here(tensors, is_constant=is_constant)
 
     def supervise(self, job: SupervisionJob) -> DeviceTensors:
-        """Run the target on one job: one forward, then the head for the rows asked for."""
+        """Run the target on one job: one forward, then the head for the rows asked for.
+
+        Args:
+            job: checked already, as `checking` does it; on the CPU.
+
+        Raises:
+            InvalidRequest: `exact` with an encoding that cannot keep its bits here.
+            TargetFailed: values that are not finite, with their layer or row.
+        """
         runner, encoding = self._runner, ENCODINGS[job.encoding]
         head = self._head
         if runner.needs_full_head(job):
@@ -231,7 +243,14 @@ class TransformersTarget:
         )
 
     def capture(self, job: CaptureJob) -> DeviceTensors:
-        """Run the target on one job: a forward, and the head if an output needs it."""
+        """Run the target on one job: a forward, and the head if an output needs it.
+
+        Args:
+            job: checked already, as `checking` does it; on the CPU.
+
+        Raises:
+            TargetFailed: values that are not finite, with their layer or row.
+        """
         selected = None if job.draft_vocab is None else self._draft_vocab(job.draft_vocab)
         tensors, head_seconds = capture(self._runner, job, selected)
         return self._here(tensors, head_seconds=head_seconds)

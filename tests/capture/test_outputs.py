@@ -128,8 +128,8 @@ def test_packed_rows_are_captured_as_their_documents_alone(
         for name in ALL:
             here, there = getattr(got, name)[:, start:end], getattr(alone, name)
             if here.is_floating_point():
-                # As docs/packing.md states it: of the whole, since an element that cancels out has
-                # another number of right digits on each kind of CPU.
+                # As docs/encodings.md states it: of the whole, since an element that cancels out
+                # has another number of right digits on each kind of CPU.
                 assert not there.any() or difference(here, there) <= SAME[torch.float32], name
                 assert torch.equal(here != 0, there != 0), name
             else:

@@ -6,18 +6,23 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.containers.reading import DOCKER
+from tests.pages import ROOT, commands
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_image_does_what_is_promised_of_it() -> None:
-    command = [sys.executable, str(DOCKER / "build_and_try.py")]
+def test_the_image_does_what_is_promised_of_it(documented: list[str]) -> None:
+    ((command,),) = map(commands, documented)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        shell=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,4 +1,4 @@
-"""Packed rows of one family, against each document run alone; generates a table of docs/packing.md.
+"""Packed rows of one family, against each document alone; a table of docs/encodings.md.
 
 `python -m tests.families.packing`, with the peer installed.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tests.families.configs import FAMILIES, Family, L
 from tests.families.family import WINDOW
 from tests.families.full_path import draft_vocab, make_job, run_full_path
+from tests.generated import with_parts
+from tests.pages import DOCS
 from torch import nn
 
 from eagle3_schemas import project_to_draft_vocab, shift_left_with_zero
@@ -23,8 +24,8 @@ from eagle3_schemas.supervision import unpack_bits
 from eagle3_server import HFEagle3TargetModel, TransformersTarget
 from eagle3_server.engine import SupervisionJob
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "packing.md"
-BEGIN, END = "<!-- families: begin, generated -->", "<!-- families: end -->"
+PAGE = DOCS / "encodings.md"
+PART = "families"
 
 SEQ_LENS = torch.tensor([[13, 24, 9], [30, 16, 0]])
 LENGTH = 46
@@ -35,7 +36,7 @@ SAME = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Largest |a - b| / |a| (Frobenius) to the documents alone."""
 
 AMPLIFIED = {("Qwen3-Next", torch.bfloat16): 0.1}
-"""Its linear attention makes ten times as much of rounding; see docs/model-coverage.md."""
+"""Its linear attention makes ten times as much of rounding; see docs/encodings.md."""
 
 PEER_WINDOW = 0.1
 """What the peer differs by, at least, where it loses windows or state leaks."""
@@ -205,10 +206,8 @@ def _up(value: float) -> str:
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{write_table()}\n\n{END}{tail}", encoding="utf-8")
+    page = with_parts(PAGE.read_text(encoding="utf-8"), {PART: write_table() + "\n"})
+    PAGE.write_text(page, encoding="utf-8")
     print(f"wrote {PAGE}")
 
 

@@ -142,7 +142,7 @@ def test_layers_with_several_streams_are_refused_when_co_located(streams: nn.Mod
 
 
 def test_the_page_lists_every_family() -> None:
-    rows = table.names(table.PAGE.read_text(encoding="utf-8"))
+    rows = table.names(table.written())
     assert rows == [family.name for family in FAMILIES]
     assert len(set(rows)) == len(rows)
 
@@ -151,8 +151,8 @@ def test_the_page_lists_every_family() -> None:
 @pytest.mark.timeout(900)
 def test_the_page_says_what_is_measured_now() -> None:
     """Numbers apart: they are the machine's; the bound on them is asserted above."""
-    page = table.PAGE.read_text(encoding="utf-8")
-    assert table.without_numbers(table.write_table()) == table.without_numbers(page), (
+    page = table.without_numbers(table.written())
+    assert table.without_numbers(table.write_table()) == page, (
         f"{table.PAGE.name} is out of date: run `python -m tests.families.table`"
     )
 

@@ -9,13 +9,13 @@ import torch
 from tests.families.configs import FAMILIES
 from tests.families.packing import (
     AMPLIFIED,
-    BEGIN,
-    END,
     IMPLEMENTATIONS,
     PAGE,
+    PART,
     SAME,
     PackedCase,
 )
+from tests.generated import part_of
 
 BY_DOCUMENT = {
     "Bloom", "MPT", "MiniMax", "Qwen3-Next", "Qwen3.5", "Mamba2", "Falcon-H1", "RecurrentGemma",
@@ -76,7 +76,7 @@ def test_the_way_is_the_one_known_of_the_family(case: PackedCase) -> None:
 
 
 def test_the_page_lists_every_family_and_its_way() -> None:
-    table = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    table = part_of(PAGE.read_text(encoding="utf-8"), PART)
     rows = [row.split(" | ") for row in table.splitlines() if row.startswith("| ")][1:]
     assert [row[0].removeprefix("| ") for row in rows] == [family.name for family in FAMILIES]
     for name, _, way, *_ in ([row[0].removeprefix("| "), *row[1:]] for row in rows):

@@ -53,10 +53,12 @@ def test_eight_trainers_on_two_servers_train_as_beside_their_target(
 
 
 RANK = """
-import os, sys, torch, torch.distributed as dist
+import torch
 import tests.training_page as page
+from tests.pages import run_by
 
-page.run("## Several ranks", dict(
+block = run_by("tests/faults/test_processes.py::test_a_rank_without_supervision_ends_the_others")
+page.run(block, dict(
     selected_token_ids=torch.arange(20), selected_token_mask=torch.arange(131) < 20,
     batches=page.batches(400), step=page.ddp_step,
 ))

@@ -97,7 +97,7 @@ def test_the_default_mode_is_exact_but_for_rounding(family: Family, dtype: torch
         got = form.decode(tensors[form.tensor_name], head)[attended[supervised]]
         worst = float((got - probs[supervised & attended]).abs().max())
         print(f"{family.name} {dtype} {encoding}: {worst:.1e}")
-        # The CPU's bound is 2e-5 and 0.08: see docs/model-coverage.md.
+        # The CPU's bound is 2e-5 and 0.08: see docs/encodings.md.
         assert worst <= (1e-4 if dtype is torch.float32 else 0.1)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import socket
 import subprocess
 import time
@@ -15,6 +17,7 @@ import pytest
 import yaml
 from tests.from_apt import program
 from tests.grafana.expressions import FOLDER, RULES, TARGETS
+from tests.pages import commands
 from tests.server.sharing.conftest import Trainer
 from tests.server.sharing.server_process import Process
 from tests.servers import PATIENCE_S
@@ -53,26 +56,28 @@ def server() -> Iterator[Process]:
 
 
 @pytest.fixture
-def prometheus(server: Process, tmp_path: Path) -> Iterator[httpx.Client]:
-    """One with our configuration, but for the target's address and the intervals."""
+def prometheus(server: Process, tmp_path: Path, documented: list[str]) -> Iterator[httpx.Client]:
+    """By the page's commands, with our configuration but for the target's address, the intervals
+    and Prometheus' own address, in a folder of its own."""
     config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
     (scrape,) = config["scrape_configs"]
     scrape["static_configs"][0]["targets"] = [server.url.removeprefix("http://")]
-    (tmp_path / scrape["authorization"]["credentials_file"]).write_text("secret\n")
-    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "docker" / "grafana").mkdir(parents=True)
+    (tmp_path / "docker/grafana/prometheus.yaml").write_text(yaml.safe_dump(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [
-        program("prometheus", "prometheus"),
-        f"--config.file={tmp_path / 'prometheus.yaml'}",
-        f"--storage.tsdb.path={tmp_path / 'data'}",
-        f"--web.listen-address={address}",
-    ]
+    ((secret, command),) = map(commands, documented)
+    environment = {**os.environ, "EAGLE3_TOKEN": "secret"}
+    subprocess.run(["bash", "-c", secret], cwd=tmp_path, env=environment, check=True)
+    assert command.count("127.0.0.1:9090") == 1
+    name, *arguments = shlex.split(command.replace("127.0.0.1:9090", address))
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stderr=log)
+        process = subprocess.Popen(
+            [program(name, "prometheus"), *arguments], stderr=log, cwd=tmp_path
+        )
     transport = httpx.HTTPTransport(retries=5)  # it does not listen at once
     with httpx.Client(base_url=f"http://{address}/api/v1", transport=transport) as client:
         try:

@@ -1,7 +1,7 @@
 """NeMo AutoModel's whole EAGLE-3 recipe on the CPU: `nemo_recipe.py KIND CONFIG.yaml LOSSES.json`.
 
-KIND is `remote`, our client, by the code of docs/training.md; or `peer` or `ours`, that co-located
-target. Of the recipe two things are replaced: its loader of a co-located target, which
+KIND is `remote`, our client, by the code of docs/integrations.md; or `peer` or `ours`, that
+co-located target. Of the recipe two things are replaced: its loader of a co-located target, which
 needs CUDA, and the random state at the draft's first weights, which loading a target moves.
 """
 
@@ -18,11 +18,17 @@ import torch
 from nemo_automodel.components.speculative.eagle.target import HFEagle3TargetModel as PeerTarget
 from nemo_automodel.recipes.llm import train_eagle3
 from tests import training_page
+from tests.pages import run_by
 from transformers import AutoModelForCausalLM
 
 import eagle3_client
 from eagle3_client import RemoteEagle3Backend
 from eagle3_server import HFEagle3TargetModel
+
+BLOCKS = (
+    "tests/peer/test_nemo_recipe.py::"
+    "test_the_whole_recipe_cannot_tell_our_remote_target_from_its_own"
+)
 
 
 class Exact(RemoteEagle3Backend):
@@ -66,7 +72,7 @@ def main() -> None:
     train_eagle3.TrainEagle3Recipe = lambda cfg: recipes.append(Recipe(cfg)) or recipes[-1]
     if kind == "remote":
         eagle3_client.RemoteEagle3Backend = Exact  # type: ignore[misc]
-        training_page.run("## NeMo AutoModel", {})
+        training_page.run(run_by(BLOCKS)[:1], {})
     else:
         train_eagle3.main()
     Path(file).write_text(json.dumps(recipes[0].losses))

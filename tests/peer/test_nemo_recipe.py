@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tests.training_page import PAGE
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from served_target import served_target
@@ -23,8 +21,8 @@ STEPS = 20
 TOKEN = "a-token-of-the-tests"
 
 
-def write_config(folder: Path, kind: str, checkpoint: Path) -> Path:
-    """The recipe's data and sizes, and for `remote` the YAML of docs/training.md."""
+def write_config(folder: Path, kind: str, checkpoint: Path, page: str) -> Path:
+    """The recipe's data and sizes, and for `remote` the YAML of docs/integrations.md."""
     data = folder / "chats.jsonl"
     lines = []
     for number in range(STEPS):
@@ -33,9 +31,7 @@ def write_config(folder: Path, kind: str, checkpoint: Path) -> Path:
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         lines.append(json.dumps({"messages": turns}))
     data.write_text("\n".join(lines))
-    (section,) = re.findall(r"## NeMo AutoModel\n(.*?)(?:\n## |\Z)", PAGE.read_text(), re.DOTALL)
-    (block,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
-    remote = yaml.safe_load(block)["recipe_args"]
+    remote = yaml.safe_load(page)["recipe_args"]
     assert remote["remote_max_retries"] is None
     sizes = {
         "target_model_name_or_path": str(checkpoint),
@@ -57,12 +53,12 @@ def write_config(folder: Path, kind: str, checkpoint: Path) -> Path:
     return file
 
 
-def train(folder: Path, kind: str, checkpoint: Path, **variables: str) -> list[float]:
+def train(folder: Path, kind: str, checkpoint: Path, page: str, **variables: str) -> list[float]:
     ambient = {k: v for k, v in os.environ.items() if not k.startswith("EAGLE3_")}
     losses = folder / f"{kind}.json"
     command = [sys.executable, str(Path(__file__).with_name("nemo_recipe.py")), kind]
     finished = subprocess.run(
-        [*command, str(write_config(folder, kind, checkpoint)), str(losses)],
+        [*command, str(write_config(folder, kind, checkpoint, page)), str(losses)],
         env={**ambient, **variables, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -74,17 +70,23 @@ def train(folder: Path, kind: str, checkpoint: Path, **variables: str) -> list[f
 
 
 @pytest.mark.timeout(1200)
-def test_the_whole_recipe_cannot_tell_our_remote_target_from_its_own(tmp_path: Path) -> None:
-    """20 steps through its prefetch loop: losses and the checkpoint it exports, bit for bit."""
+def test_the_whole_recipe_cannot_tell_our_remote_target_from_its_own(
+    tmp_path: Path, documented: list[str]
+) -> None:
+    """20 steps through its prefetch loop: losses and the checkpoint it exports, bit for bit.
+
+    The page's Python is what `nemo_recipe.py` runs.
+    """
+    _, page = documented
     checkpoint = smollm2_checkpoint()
     log = tmp_path / "server.log"
     with served_target(checkpoint, log_file=log, threads=1, token=TOKEN) as url:
-        remote = train(tmp_path, "remote", checkpoint, EAGLE3_URLS=url, EAGLE3_TOKEN=TOKEN)
+        remote = train(tmp_path, "remote", checkpoint, page, EAGLE3_URLS=url, EAGLE3_TOKEN=TOKEN)
     assert len(remote) == STEPS
     assert remote[-1] < remote[0]
     exported = {}
     for kind in ("peer", "ours"):
-        assert train(tmp_path, kind, checkpoint) == remote, kind
+        assert train(tmp_path, kind, checkpoint, page) == remote, kind
     for kind in ("remote", "peer", "ours"):
         (file,) = (tmp_path / kind).rglob("consolidated/*.safetensors")
         exported[kind] = load_file(file)

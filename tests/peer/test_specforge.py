@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -227,10 +226,9 @@ def test_a_planted_error_changes_the_losses(forge, tmp_path, error):
     assert all(got != wanted for got, wanted in zip(losses, expected, strict=True))
 
 
-def test_the_pages_code_trains_its_draft(forge, live_server, tmp_path):
-    """docs/outputs.md's block as printed, to the losses of its own offline features."""
-    page = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
-    *_, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+def test_the_pages_code_trains_its_draft(forge, live_server, tmp_path, documented):
+    """docs/integrations.md's block as printed, to the losses of its own offline features."""
+    (code,) = documented
     target = make_target(torch.float32)
     head = its_head(forge, target, tmp_path)
     local = [local_inputs(forge, target, head, batch) for batch in batches()]

@@ -6,11 +6,9 @@ Needs `pip install --group peer` and, without their stacks, speculators and hs-c
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -249,10 +247,9 @@ def test_a_planted_error_changes_the_losses(spec, live_server, error):
         assert_same_run(run, expected)
 
 
-def test_the_pages_code_trains_its_draft(spec, live_server):
-    """docs/outputs.md's block as printed, to the same losses as above."""
-    page = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
-    _, code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+def test_the_pages_code_trains_its_draft(spec, live_server, documented):
+    """docs/integrations.md's block as printed, to the same losses as above."""
+    (code,) = documented
     target, batches = make_target(torch.float32), batches_of("right_padded")
     weights = local_weights(target, to_t2d_d2t(draft_vocab_ids(), VOCAB_SIZE).t2d)
     expected = train(spec, [local_inputs(spec, target, batch) for batch in batches], weights)

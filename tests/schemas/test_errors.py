@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,16 @@ def test_the_table_is_the_one_deployed_clients_know() -> None:
 def test_the_protocol_page_has_the_same_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|", PROTOCOL_PAGE.read_text("utf-8"), re.MULTILINE)
     assert rows == [(code, str(status)) for code, _, status in TABLE]
+
+
+def test_the_pages_document_is_one_that_the_client_reads(documented: list[str]) -> None:
+    (document,) = map(json.loads, documented)
+    error = error_from_problem(
+        document["code"], document["status"], document["detail"], document["request_id"]
+    )
+    assert type(error) is VocabMappingMissing
+    assert kind_of(error).status == document["status"]
+    assert HTTPStatus(document["status"]).phrase == document["title"]
 
 
 def test_codes_and_classes_are_one_to_one() -> None:
