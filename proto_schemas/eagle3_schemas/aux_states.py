@@ -25,7 +25,10 @@ def encode_aux(aux: torch.Tensor, aux_dtype: str) -> dict[str, torch.Tensor]:
     groups = _grouped(aux.float())
     scales = groups.abs().amax(-1) / _FP8_MAX
     # A group of zeros has scale 0; it divides by 1 and stays zero.
-    codes = (groups / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)).to(_FP8)
+    # A scale too small for a normal float32 is rounded, to two thirds at worst: what is too large
+    # then is cut, where a cast may make it NaN (torch 2.6).
+    quotients = groups / torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+    codes = quotients.clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8)
     codes = codes.flatten(1)[:, : aux.shape[1]]
     return {"aux_codes": codes.contiguous(), "aux_scales": scales}
 
