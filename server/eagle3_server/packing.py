@@ -188,14 +188,17 @@ def _block_causal_masks(model: nn.Module, input_ids: torch.Tensor, positions: to
 
     build = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     weight: torch.Tensor = next(model.parameters())
-    return build(
-        config=model.config,  # type: ignore[arg-type]
-        # Only its shape, dtype and device are read.
-        inputs_embeds=torch.empty(*input_ids.shape, 0, dtype=weight.dtype, device=input_ids.device),
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
+    # Only its shape, dtype and device are read.
+    embeds = torch.empty(*input_ids.shape, 0, dtype=weight.dtype, device=input_ids.device)
+    takes = inspect.signature(build).parameters
+    by_version: dict[str, Any] = {  # transformers 5.24 renamed the cache, an earlier 5 the other
+        "inputs_embeds" if "inputs_embeds" in takes else "input_embeds": embeds,
+        "cache" if "cache" in takes else "past_key_values": None,
+    }
+    if "cache_position" in takes:  # early ones
+        by_version["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)
+    config: Any = model.config
+    return build(config=config, attention_mask=None, position_ids=positions, **by_version)
 
 
 def _is_flash(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.families.packing import packed_job
+from transformers.masking_utils import create_masks_for_generate
 
 from eagle3_client import LimitExceeded
 from eagle3_schemas.errors import InvalidRequest, PackingUnsupported
@@ -48,6 +49,31 @@ def test_a_packed_batch_comes_with_its_description(
         same(got.aux_hidden_states, expected.aux_hidden_states)
     else:
         assert torch.allclose(got.aux_hidden_states, expected.aux_hidden_states, atol=1e-5)
+
+
+def masks_of_5_0(
+    config: Any, input_embeds: Any, attention_mask: Any, cache_position: Any,
+    past_key_values: Any, position_ids: Any,
+) -> Any:  # fmt: skip
+    """As transformers 5.0 names them."""
+    assert cache_position.tolist() == list(range(input_embeds.shape[1]))
+    return create_masks_for_generate(
+        config, input_embeds, attention_mask, past_key_values, position_ids
+    )
+
+
+def masks_of_5_24(
+    config: Any, inputs_embeds: Any, attention_mask: Any, cache: Any, position_ids: Any
+) -> Any:
+    return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
+
+
+@pytest.mark.parametrize("build", [masks_of_5_0, masks_of_5_24])
+def test_masks_are_built_by_the_names_that_a_transformers_has(build_model: Any, build: Any) -> None:
+    model = build_model("llama")
+    model.create_masks_for_generate = build
+    found = find_packing(model)
+    assert (found.route, found.reason) == ("masked", None)
 
 
 def test_a_mask_that_leaks_is_found(build_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
