@@ -111,8 +111,10 @@ class Bench:
             raise self._failure
         for cell in self._report.cells:
             if cell.trouble is None and not cell.visits:
-                words = "interrupted" if self._report.is_interrupted else "the time was over"
-                cell.trouble = _left_out(words)
+                is_limit = not self._report.is_interrupted
+                cell.trouble = (
+                    _left_out("it was over") if is_limit else Check("unknown", "interrupted")
+                )
         self._report.elapsed_s = self._clock() - self._started
         if self._report.info is None and not self._report.is_interrupted:
             raise TransportError(
@@ -209,13 +211,13 @@ class Bench:
         """Return how many rounds there is time for, and batches to measure in each visit."""
         unmeasured_s = sum((2 * c.prefetch - 1) * self._batch_s[c.encoding] for c in cells)
         batch_s = sum(self._batch_s[cell.encoding] for cell in cells)
-        for rounds in range(_ROUNDS, 1, -1):
+        steps = self._plan.steps
+        for rounds in range(min(_ROUNDS, steps), 0, -1):
             count = int((self._left_s() / rounds - unmeasured_s) / max(batch_s, 1e-9))
-            wanted = -(-self._plan.steps // rounds)
+            wanted = steps // rounds
             if count >= min(wanted, FEWEST_BATCHES):
-                return rounds, max(min(count, wanted), 1)
-        count = int((self._left_s() - unmeasured_s) / max(batch_s, 1e-9))
-        return 1, max(min(count, self._plan.steps), FEWEST_BATCHES)
+                return rounds, min(count, wanted)
+        return 1, min(steps, FEWEST_BATCHES)  # and some cells are left out
 
     def _visit(self, cell: Cell, count: int) -> Visit:
         """Train on batches; measure from the last one that warms up to `count` later.

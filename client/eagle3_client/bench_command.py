@@ -77,9 +77,9 @@ def bench(
     be measured; 2: an option that cannot work; 130: interrupted. The servers are kept busy.
     """
     try:
-        settings = _settings(urls or [], device, aux_dtype, exact)
+        settings = _settings(urls or [], device, aux_dtype, exact, time_limit_s)
         plan = BenchPlan(
-            encodings=None if encodings is None else tuple(encodings.split(",")),
+            encodings=None if encodings is None else _encodings(encodings),
             depths=_depths(prefetch),
             batch_size=batch_size,
             sequence_length=sequence_length,
@@ -106,7 +106,9 @@ def bench(
     raise typer.Exit(0 if report.has_passed else 1)
 
 
-def _settings(urls: list[str], device: str, aux_dtype: Any, exact: bool) -> ClientSettings:
+def _settings(
+    urls: list[str], device: str, aux_dtype: Any, exact: bool, time_limit_s: float
+) -> ClientSettings:
     torch_device = device_named(device)
     check_device(torch_device)
     return ClientSettings(
@@ -116,8 +118,12 @@ def _settings(urls: list[str], device: str, aux_dtype: Any, exact: bool) -> Clie
         aux_dtype=aux_dtype,
         exact=exact,
         rows="loss_mask",
-        retry_for_s=_RETRY_FOR_S,
+        retry_for_s=max(min(_RETRY_FOR_S, time_limit_s / 2), 0.0),  # a failure must show in time
     )
+
+
+def _encodings(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def _depths(text: str) -> tuple[int, ...]:

@@ -105,6 +105,15 @@ class BenchReport:
         return [(cell, found) for cell in self.cells if (found := cell.figures) is not None]
 
     @property
+    def answered(self) -> dict[str, int]:
+        """Measured requests by the server that answered, those that answered none included."""
+        visits = [visit for cell in self.cells for visit in cell.visits]
+        urls = [sample.url for visit in visits for sample in visit.delivered]
+        named = {url.partition(" ")[0] for url in urls}  # the rest is one of its addresses
+        silent = [url for url in self.settings.urls if url not in named]
+        return {url: urls.count(url) for url in [*sorted(set(urls)), *silent]}
+
+    @property
     def has_passed(self) -> bool:
         """Whether something was measured and nothing failed."""
         troubles = [cell.trouble for cell in self.cells if cell.trouble is not None]
@@ -159,6 +168,7 @@ class BenchReport:
                 for name in ("model_id", "fingerprint", "dtype", "device_name", "encodings")
             },
             "setup": self.setup,
+            "requests_answered": self.answered,
             "cells": [
                 {
                     "encoding": cell.encoding,
@@ -181,6 +191,9 @@ class BenchReport:
     def to_text(self, width: int = 80) -> str:
         """Return it as plain lines of at most `width` columns, from 80 on."""
         lines = [*self.settings.urls, *self._setup_lines(width), ""]
+        if len(counts := self.answered) > 1:
+            words = ", ".join(f"{url} {count}" for url, count in counts.items())
+            lines += [*wrapped(f"requests answered: {words}", "", width, indent=2), ""]
         if measured := self.measured:
             lines += [_SPEED_TITLES, *(_speed_row(*each) for each in measured), ""]
             lines += [_TIMES_TITLES, *(_times_row(*each) for each in measured), ""]
@@ -224,8 +237,8 @@ _SPEED_TITLES = (
     "  bounded by"
 )
 _TIMES_TITLES = (
-    f"  {'ms':<8}{'n':>4}{'p50':>7}{'p90':>7}{'p99':>7}{'max':>7}"
-    f"{'queue':>7}{'forward':>8}{'head':>6}{'copy':>6}{'send':>6}{'host':>6}"
+    f"  {'ms':<10}{'n':>5}{'p50':>6}{'p90':>6}{'p99':>6}{'max':>6}"
+    f"{'queue':>6}{'forward':>8}{'head':>6}{'copy':>6}{'send':>6}{'host':>6}"
 )
 
 
@@ -243,11 +256,11 @@ def _times_row(cell: Cell, found: Figures) -> str:
     latency, stages = found.latency_ms, found.stages_ms
     return "".join(
         [
-            f"  {f'{cell.encoding} {cell.prefetch}':<8}{found.requests:>4}",
-            *(f"{_say_ms(latency[name]):>7}" for name in ("p50", "p90", "p99", "max")),
+            f"  {f'{cell.encoding} {cell.prefetch}':<10}{found.requests:>5}",
+            *(f"{_say_ms(latency[name]):>6}" for name in ("p50", "p90", "p99", "max")),
             *(
                 f"{_say_ms(stages[name]):>{length}}"
-                for name, length in zip((*STAGES, "send", "host"), (7, 8, 6, 6, 6, 6), strict=True)
+                for name, length in zip((*STAGES, "send", "host"), (6, 8, 6, 6, 6, 6), strict=True)
             ),
         ]
     )
