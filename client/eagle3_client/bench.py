@@ -191,9 +191,7 @@ class Bench:
             for cell in cells:
                 if cell.trouble is not None:
                     continue
-                needed_s = max(
-                    (2 * cell.prefetch - 1 + count) * self._batch_s[cell.encoding], cell.slowest_s
-                )
+                needed_s = max(self._visit_s(cell, count), cell.slowest_s)
                 if needed_s > self._left_s():
                     if number == 0:
                         _give_up([cell], _left_out(f"it takes about {needed_s:.3g} s"))
@@ -209,24 +207,27 @@ class Bench:
 
     def _rounds(self, cells: list[Cell]) -> tuple[int, int]:
         """Return how many rounds there is time for, and batches to measure in each visit."""
-        unmeasured_s = sum((2 * c.prefetch - 1) * self._batch_s[c.encoding] for c in cells)
-        batch_s = sum(self._batch_s[cell.encoding] for cell in cells)
-        steps = self._plan.steps
+        steps, left_s = self._plan.steps, self._left_s()
         for rounds in range(min(_ROUNDS, steps), 0, -1):
-            count = int((self._left_s() / rounds - unmeasured_s) / max(batch_s, 1e-9))
             wanted = steps // rounds
-            if count >= min(wanted, FEWEST_BATCHES):
-                return rounds, min(count, wanted)
-        return 1, min(steps, FEWEST_BATCHES)  # and some cells are left out
+            for count in range(wanted, min(wanted, FEWEST_BATCHES) - 1, -1):
+                if rounds * sum(self._visit_s(cell, count) for cell in cells) <= left_s:
+                    return rounds, count
+        return 1, FEWEST_BATCHES  # and some cells are left out
+
+    def _visit_s(self, cell: Cell, count: int) -> float:
+        """Return about how long a visit takes, if no two requests overlap."""
+        batches = 2 * cell.prefetch - 1 + _measured(cell, count)
+        return batches * self._batch_s[cell.encoding]
 
     def _visit(self, cell: Cell, count: int) -> Visit:
-        """Train on batches; measure from the last one that warms up to `count` later.
+        """Train on batches; measure from the last one that warms up to some `count` later.
 
         So many follow that the depth stays full to the end; they are waited for, or they would
         still keep the target busy while the next cell is measured.
         """
         samples: list[Sample] = []
-        depth, waited_s = cell.prefetch, 0.0
+        depth, count, waited_s = cell.prefetch, _measured(cell, count), 0.0
         batches = [self._batches[i % len(self._batches)] for i in range(2 * depth - 1 + count)]
         submit = self._submit(cell.encoding, samples)
         with self._dispatcher.prefetch(submit, batches, depth) as prefetch:
@@ -245,6 +246,11 @@ class Bench:
         measured = samples[depth : depth + count]
         others = samples[:depth] + samples[depth + count :]
         return Visit(started, ended, waited_s, measured, others)
+
+
+def _measured(cell: Cell, count: int) -> int:
+    """Return `count` or a little more: answers may come in bursts of the depth, so whole ones."""
+    return -(-count // cell.prefetch) * cell.prefetch
 
 
 def _give_up(cells: list[Cell], check: Check) -> None:

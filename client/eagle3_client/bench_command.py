@@ -42,7 +42,7 @@ def bench(
         int | None, typer.Option(help="Tokens of a row [512, or what the servers take].")
     ] = None,
     steps: Annotated[
-        int, typer.Option(help="Batches measured of an encoding at a depth, at most.")
+        int, typer.Option(help="Batches measured of an encoding at a depth, if there is time.")
     ] = 30,
     step_ms: Annotated[
         float, typer.Option(help="Milliseconds that the trainer computes for a batch, simulated.")

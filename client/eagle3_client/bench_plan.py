@@ -34,7 +34,7 @@ class BenchPlan:
     sequence_length: int | None = None
     """None: 512, or what the servers take if that is less."""
     steps: int = 30
-    """Measured batches of a cell, at most."""
+    """Measured batches of a cell, at most; but in each round a multiple of its depth."""
     supervised_share: float = 0.6
     step_s: float = 0.0
     """What the trainer computes for a batch, spent asleep as if on a GPU."""

@@ -97,7 +97,7 @@ class Visit:
     @property
     def elapsed_s(self) -> float:
         """Its length."""
-        return self.ended_at - self.started_at
+        return max(self.ended_at - self.started_at, 1e-9)  # a clock may stand still
 
     @property
     def tokens_per_s(self) -> float:
