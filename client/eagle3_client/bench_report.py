@@ -138,12 +138,17 @@ class BenchReport:
             each.encoding == cell.encoding and each.prefetch > cell.prefetch
             for each, _ in self.measured
         )
-        more = "more prefetch gains nothing" if deeper else "no deeper prefetch was measured"
-        if not deeper and share is not None and share < FULL_SHARE:
-            more = f"nothing is full, so try --prefetch {2 * cell.prefetch}"
+        if deeper:
+            more = "; more prefetch gains nothing"
+        elif share is None:
+            more = "; no deeper prefetch was measured"
+        elif share < FULL_SHARE:
+            more = f"; nothing is full, so try --prefetch {2 * cell.prefetch}"
+        else:
+            more = ", so more prefetch gains nothing"
         words = (
             f"encoding {cell.encoding}, prefetch {cell.prefetch}: {found.tokens_per_s:,.0f} "
-            f"tokens/s, bounded by {bound}{_share(share, ' ({} of the time)')}; {more}"
+            f"tokens/s, bounded by {bound}{_share(share, ' ({} of the time)')}{more}"
         )
         spread = (found.tokens_per_s_highest - found.tokens_per_s_lowest) / found.tokens_per_s
         if spread > _SPREAD:
