@@ -66,7 +66,8 @@ def test_each_server_has_a_queue_of_its_own() -> None:
     here.stages = {"queue": 8.0, "compute": 2.0, "total": 10.0}
     there = Sample(1, 0.0, 0.0, "http://b", 1, 0.0, 10.0, 10.0, 10.0)
     there.stages = {"compute": 10.0, "total": 10.0}
-    assert Visit(0.0, 10.0, 10.0, [here, there]).busy_s()["queue"] == pytest.approx(8.0)
+    busy = Visit(0.0, 10.0, 10.0, [here, there]).busy_s()
+    assert busy == pytest.approx({"queue": 8.0, "target": 10.0, "link": 0.0, "host": 0.0})
     there.url = here.url
     assert Visit(0.0, 10.0, 10.0, [here, there]).busy_s()["queue"] == pytest.approx(0.0)
 
