@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -106,3 +107,24 @@ def test_what_check_and_verify_print(
         assert LINE.findall(done.stdout) == LINE.findall(block), done.stdout + done.stderr
         assert LINE.findall(block)
         assert done.returncode == ("FAILED" in block), done.stderr
+
+
+def test_what_bench_prints(
+    url: str, documented: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The same table: cells, columns and figures' places; numbers are the machine's."""
+    (block,) = documented
+    (command,) = commands(block)
+    shown, count = re.subn(r"http://127\.0\.0\.1:\d+", url, command)
+    assert count == 1
+    done = run(f"{shown} --steps 2 --json", tmp_path_factory.getbasetemp() / "served0")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    cells = [(cell["encoding"], cell["prefetch"]) for cell in report["cells"]]
+    printed = re.findall(r"^  (logits|hidden) +(\d) +\d+ ", block, re.MULTILINE)
+    assert cells == [(encoding, int(depth)) for encoding, depth in printed]
+    text = run(f"{shown} --steps 2", tmp_path_factory.getbasetemp() / "served0").stdout
+    heads = [line for line in block.splitlines() if re.match(r"  (encoding|ms) ", line)]
+    assert len(heads) == 2
+    for line in heads:
+        assert line.split() in [each.split() for each in text.splitlines()]

@@ -40,9 +40,7 @@ def check_servers(
     Raises:
         InvalidRequest: an option that cannot work, with what would.
     """
-    named = ",".join(urls) or os.environ.get("EAGLE3_URLS", "")
-    if not split_urls(named):
-        raise InvalidRequest("name a server, as http://host:port, or set EAGLE3_URLS")
+    named = named_servers(urls)
     if aux_layer_ids is not None and draft_config is not None:
         raise InvalidRequest("give --aux-layer-ids or --draft-config, not both")
     expected = None
@@ -53,13 +51,9 @@ def check_servers(
         expected = config.aux_layer_ids
         expect_fingerprint = expect_fingerprint or config.fingerprint
         draft_vocab_size = draft_vocab_size or config.draft_vocab_size
-    try:
-        torch_device = torch.device(device)
-    except RuntimeError as exc:
-        raise InvalidRequest(f"--device must be cpu, cuda or cuda:0; got {device!r}") from exc
     settings = ClientSettings(
-        urls=split_urls(named),
-        device=torch_device,
+        urls=named,
+        device=device_named(device),
         token=os.environ.get("EAGLE3_TOKEN") or None,
         encoding=encoding,
         expect_fingerprint=expect_fingerprint,
@@ -74,12 +68,41 @@ def check_servers(
     )
 
 
+def named_servers(urls: Sequence[str]) -> tuple[str, ...]:
+    """Return the servers that the command names, or else EAGLE3_URLS.
+
+    Raises:
+        InvalidRequest: neither names one.
+    """
+    named = split_urls(",".join(urls) or os.environ.get("EAGLE3_URLS", ""))
+    if not named:
+        raise InvalidRequest("name a server, as http://host:port, or set EAGLE3_URLS")
+    return named
+
+
+def device_named(name: str) -> torch.device:
+    """Read `--device`.
+
+    Raises:
+        InvalidRequest: torch knows no such device.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as exc:
+        raise InvalidRequest(f"--device must be cpu, cuda or cuda:0; got {name!r}") from exc
+
+
 def render(report: PreflightReport, *, as_json: bool) -> str:
     """Return the report as one JSON document, or as lines that fit the terminal."""
     if as_json:
         return json.dumps(report.to_dict(), indent=2)
+    return printable(report.to_text(terminal_width()))
+
+
+def printable(text: str) -> str:
+    """Return a text with `?` for what stdout cannot print."""
     encoding = sys.stdout.encoding or "utf-8"
-    return report.to_text(terminal_width()).encode(encoding, "replace").decode(encoding)
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def terminal_width() -> int:
@@ -151,6 +174,18 @@ def load_tokenizer(name: str) -> HasVocab:
             "hub id"
         ) from exc
     return tokenizer
+
+
+def read_text(path: Path) -> str:
+    """Read `--text`.
+
+    Raises:
+        InvalidRequest: it cannot be read as UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"--text {path} cannot be read as UTF-8: {exc}") from exc
 
 
 def split_ids(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from eagle3_client.bench_command import bench
 from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 
 app = typer.Typer(
@@ -263,6 +264,9 @@ def verify(
         raise typer.Exit(1) from exc
     typer.echo(render(reports, as_json=as_json))
     raise typer.Exit(0 if all(report.has_passed for report in reports) else 1)
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import httpx
 import torch
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from eagle3_client.config import UNIX_SCHEME, client_id
 from eagle3_client.failures import is_refused, problem_error, transport_error
 from eagle3_client.instances import Instances
-from eagle3_client.receiving import Take, fresh, receive
+from eagle3_client.receiving import Take, TimedAnswer, fresh, receive
 from eagle3_client.transport import HttpTransport
 from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.errors import (
@@ -49,18 +48,6 @@ from eagle3_schemas.tensors import byte_view
 
 _CONNECT_TIMEOUT_S = 10.0
 _HEALTH_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True)
-class TimedAnswer:
-    """A supervision answer, and what it took."""
-
-    frame: Frame
-    body_bytes: int
-    elapsed_s: float
-    """From the first byte sent to the last one received; not the check of what came."""
-    server_timing: str
-    """The `server-timing` header; empty if there was none."""
 
 
 class Connection:
@@ -207,14 +194,23 @@ class Connection:
             self._send("POST", path, frame, request_id, take=self._take, heard=heard)
         )
 
-    def supervise_timed(self, frame: EncodedFrame, request_id: str) -> TimedAnswer:
-        """Do as `supervise`, and say what it took."""
+    def supervise_timed(
+        self,
+        frame: EncodedFrame,
+        request_id: str,
+        heard: Callable[[httpx.Headers], None] = lambda _: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> TimedAnswer:
+        """Do as `supervise`, and say what it took by `clock`, seconds."""
         headers: list[httpx.Headers] = []
-        started = time.perf_counter()
-        body = self._send(
-            "POST", SUPERVISION_PATH, frame, request_id, take=self._take, heard=headers.append
-        )
-        elapsed_s = time.perf_counter() - started
+
+        def note(came: httpx.Headers) -> None:
+            headers.append(came)
+            heard(came)
+
+        started = clock()
+        body = self._send("POST", SUPERVISION_PATH, frame, request_id, take=self._take, heard=note)
+        elapsed_s = clock() - started
         timing = headers[0].get(SERVER_TIMING_HEADER, "")
         return TimedAnswer(self._decode(body), body.numel(), elapsed_s, timing)
 

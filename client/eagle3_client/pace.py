@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from eagle3_schemas.errors import InvalidRequest
 
-_SMALL_SHARE = 0.05  # of a step: less is noise, and not worth another batch of memory
+SMALL_SHARE = 0.05  # of a step: less is noise, and not worth another batch of memory
 _WARM_UP_STEPS = 4  # compilation, first allocations and the start of a loader are no steady state
 _WINDOW_STEPS = 8
 _FIRST_PAUSE_STEPS = 100
@@ -50,7 +50,7 @@ class PrefetchStats:
     @property
     def bottleneck(self) -> str:
         """`target`, `batches` (the caller's iterable), or `trainer`, which waited for neither."""
-        if max(self.wait_share, self.source_share) <= _SMALL_SHARE:
+        if max(self.wait_share, self.source_share) <= SMALL_SHARE:
             return "trainer"
         return "target" if self.wait_share >= self.source_share else "batches"
 
@@ -109,9 +109,9 @@ class Depth:
         if wanted_s is not None and wait_s > wanted_s:
             self.current -= 1
             skip_steps, self._pause_steps = self._pause_steps, 2 * self._pause_steps
-        elif wait_s > _SMALL_SHARE * step_s and self.current < self._most:
+        elif wait_s > SMALL_SHARE * step_s and self.current < self._most:
             self.current += 1
-            self._wanted_wait_s = wait_s - min(_SMALL_SHARE, 0.5 / self.current) * step_s
+            self._wanted_wait_s = wait_s - min(SMALL_SHARE, 0.5 / self.current) * step_s
             skip_steps = self.current
         self._look_after(skip_steps)
 

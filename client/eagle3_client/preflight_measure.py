@@ -178,13 +178,11 @@ class Probe:
         size = max(min(tokens, limits.max_tokens_per_request) // length, 1)
         bound = min(info.vocab_size, info.input_vocab_size)
         ids = torch.randint(bound, (size, length), generator=torch.Generator().manual_seed(0))
-        # Evenly spread, so that every part of a batch costs the same.
-        steps = (torch.arange(length + 1) * self._cost.supervised_share).long()
         request, frame = pack_request(
             TokenBatch(
                 ids,
                 torch.ones(size, length, dtype=torch.bool),
-                (steps[1:] > steps[:-1]).expand(size, length).contiguous(),
+                spread_mask(size, length, self._cost.supervised_share),
             ),
             request_id=uuid.uuid4().hex,
             draft_vocab_digest=self._vocab.digest,
@@ -208,11 +206,17 @@ class Probe:
             answer.elapsed_s,
             answer.body_bytes,
             rows.shape[1] * rows.element_size(),
-            _parse_timing(answer.server_timing),
+            parse_timing(answer.server_timing),
         )
 
 
-def _parse_timing(header: str) -> dict[str, float]:
+def spread_mask(size: int, length: int, share: float) -> torch.Tensor:
+    """Return [size, length] bool that is true for `share` of it, evenly: each part costs alike."""
+    steps = (torch.arange(length + 1) * share).long()
+    return (steps[1:] > steps[:-1]).expand(size, length).contiguous()
+
+
+def parse_timing(header: str) -> dict[str, float]:
     """`queue;dur=0.2, compute;dur=81.0` -> seconds by name; what is of another form is left out."""
     found = re.findall(r"(\w+);dur=(\d{1,9}(?:\.\d{1,9})?)(?=,|$)", header[:1000])
     return {name: float(value) / 1000 for name, value in found}

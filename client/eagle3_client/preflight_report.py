@@ -146,19 +146,20 @@ def as_lines(checks: dict[str, Check], width: int) -> list[str]:
     lines = []
     for name, check in checks.items():
         head = f"  {_MARKS[check.status]:<8} {name.replace('_', ' '):<14} "
-        lines += _wrapped(check.detail, head, width)
+        lines += wrapped(check.detail, head, width)
         if check.remedy is not None:
-            lines += _wrapped(check.remedy, " " * (_INDENT - 3) + "-> ", width)
+            lines += wrapped(check.remedy, " " * (_INDENT - 3) + "-> ", width)
     return lines
 
 
-def _wrapped(text: str, head: str, width: int) -> list[str]:
+def wrapped(text: str, head: str, width: int, indent: int = _INDENT) -> list[str]:
+    """Return a text as lines of at most `width` columns, indented behind `head`."""
     printable = "".join(c if c.isprintable() else " " for c in text)  # a server's words may be any
     return textwrap.wrap(
         " ".join(printable.split()),
         width,
-        initial_indent=head.ljust(_INDENT),
-        subsequent_indent=" " * _INDENT,
+        initial_indent=head.ljust(indent),
+        subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import httpx
 import torch
 
 from eagle3_client.http1 import Pace
 from eagle3_schemas.errors import TransportError
+from eagle3_schemas.frame import Frame
 from eagle3_schemas.host_zeros import host_zeros
 from eagle3_schemas.tensors import byte_view
 
@@ -21,6 +23,18 @@ _MAX_RESPONSE_BYTES = 1 << 38  # no response is that large; a length that lies m
 _SHOWN_PIECE_BYTES = 1 << 20
 
 Take = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TimedAnswer:
+    """A supervision answer, and what it took."""
+
+    frame: Frame
+    body_bytes: int
+    elapsed_s: float
+    """From the first byte sent to the last one received; not the check of what came."""
+    server_timing: str
+    """The `server-timing` header; empty if there was none."""
 
 
 def fresh(nbytes: int) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Submission:
             nonlocal head
             if ENCODINGS[self.request.encoding].needs_draft_head:
                 head = fleet.heads.get(self.draft_vocab, connection)
-            return connection.supervise(self.frame, self.request_id, heard)
+            return self.ask(connection, heard)
 
         frame = exchange(fleet, connection, info, self.request_id, self.draft_vocab, ask)
         with (
@@ -117,6 +117,10 @@ class Submission:
                 device=self.settings.device,
             )
         return supervision
+
+    def ask(self, connection: Connection, heard: Callable[[httpx.Headers], None]) -> Frame:
+        """Send it, and wait for its answer, whose headers `heard` is given."""
+        return connection.supervise(self.frame, self.request_id, heard)
 
     def batch(self, supervision: Supervision) -> Eagle3TargetBatch:
         """Join the supervision with the inputs it belongs to.

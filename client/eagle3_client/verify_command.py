@@ -9,12 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from eagle3_client.backend import RemoteEagle3Backend
-from eagle3_client.check_command import load_tokenizer, split_ids, terminal_width
-from eagle3_client.config import split_urls
+from eagle3_client.check_command import (
+    load_tokenizer,
+    named_servers,
+    read_text,
+    split_ids,
+    terminal_width,
+)
 from eagle3_client.verify import verify
 from eagle3_client.verify_local import LocalTarget
 from eagle3_client.verify_report import VerifyReport
-from eagle3_schemas.errors import InvalidRequest
 
 _RETRY_FOR_S = 10.0
 
@@ -33,14 +37,9 @@ def verify_servers(
         InvalidRequest: an option that cannot work, with what would.
         RemoteEagle3Error: a server cannot be asked.
     """
-    named = split_urls(",".join(urls) or os.environ.get("EAGLE3_URLS", ""))
-    if not named:
-        raise InvalidRequest("name a server, as http://host:port, or set EAGLE3_URLS")
+    named = named_servers(urls)
     layers = None if aux_layer_ids is None else split_ids(aux_layer_ids)
-    try:
-        words = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidRequest(f"--text {text} cannot be read as UTF-8: {exc}") from exc
+    words = read_text(text)
     loaded = load_tokenizer(tokenizer)
     with ExitStack() as stack:
         backends = [

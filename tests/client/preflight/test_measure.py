@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eagle3_client.preflight_measure import Exchange, _parse_timing
+from eagle3_client.preflight_measure import Exchange, parse_timing
 from eagle3_client.preflight_report import Check, PreflightReport, ServerReport
 
 
@@ -23,7 +23,7 @@ def exchange(elapsed_s: float, **stages: float) -> Exchange:
     ],
 )
 def test_the_header_is_read_and_what_is_odd_left_out(header: str, stages: object) -> None:
-    assert tuple(_parse_timing(header).values()) == pytest.approx(stages)
+    assert tuple(parse_timing(header).values()) == pytest.approx(stages)
 
 
 def test_server_time_and_round_trip_are_no_part_of_the_transfer() -> None:
