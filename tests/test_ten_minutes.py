@@ -121,7 +121,7 @@ def test_what_bench_prints(
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     cells = [(cell["encoding"], cell["prefetch"]) for cell in report["cells"]]
-    printed = re.findall(r"^  (logits|hidden) +(\d) +\d+ ", block, re.MULTILINE)
+    printed = re.findall(r"^  (logits|hidden) +(\d) .*%$", block, re.MULTILINE)
     assert cells == [(encoding, int(depth)) for encoding, depth in printed]
     text = run(f"{shown} --steps 2", tmp_path_factory.getbasetemp() / "served0").stdout
     heads = [line for line in block.splitlines() if re.match(r"  (encoding|ms) ", line)]
