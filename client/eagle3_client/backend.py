@@ -33,6 +33,7 @@ from eagle3_client.submission import Submission
 from eagle3_schemas import DraftVocab, Eagle3TargetBackend, Eagle3TargetBatch, ModelInfo
 from eagle3_schemas.errors import InvalidRequest, VocabMappingMissing
 from eagle3_schemas.messages import AuxDtype, Rows
+from eagle3_schemas.self_check import SelfCheck
 from eagle3_schemas.tokenizer import HasVocab
 from eagle3_schemas.tokens import check_is_dense
 
@@ -240,6 +241,21 @@ class RemoteEagle3Backend(CaptureCalls, Eagle3TargetBackend):
             time_limit_s=time_limit_s,
             transport=self._transport,
         )
+
+    def self_check(self) -> tuple[SelfCheck, ...] | None:
+        """Have a server check anew what it proved of its target when it loaded it.
+
+        Between other clients' requests; of several servers, one does. Seconds on a CPU.
+
+        Returns:
+            The checks, each passed, failed or not applicable; None of a server too old for it.
+
+        Raises:
+            RemoteEagle3Error: as `generate_batch`; another self-check under way is waited for.
+        """
+        self._dispatcher.check_usable()
+        self._dispatcher.model_info()
+        return self._dispatcher.self_check()
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Block until every server's target is loaded, at most `timeout` seconds (`retry_for_s`).

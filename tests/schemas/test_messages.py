@@ -25,6 +25,7 @@ from eagle3_schemas.messages import (
     SupervisionResponse,
     parse,
 )
+from eagle3_schemas.self_check import SelfCheck, SelfCheckResponse
 
 PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 DIGEST = "0123456789abcdef" * 4
@@ -81,6 +82,7 @@ SMALLEST: dict[type[Message], dict[str, Any]] = {
         "limits": LIMITS,
     },
     InspectRequest: {"text": "tea"},
+    SelfCheck: {"name": "hooks", "status": "not_applicable", "words": "not comparable"},
 }
 WHOLE_REQUEST = {
     **SMALLEST[SupervisionRequest],
@@ -135,7 +137,7 @@ def test_model_info_states_the_protocol_version_by_itself() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*SMALLEST, InspectResponse, InspectedToken, ExpectedToken],
+    [*SMALLEST, InspectResponse, InspectedToken, ExpectedToken, SelfCheckResponse],
     ids=lambda kind: kind.__name__,
 )
 def test_the_protocol_page_describes_every_field(kind: type[Message]) -> None:
@@ -218,6 +220,9 @@ WRONG_TYPES = [
     (ModelInfo, "hidden_size", True),
     (ModelInfo, "encodings", "probs"),
     (ModelInfo, "head_reason", False),
+    (ModelInfo, "hooks", True),
+    (SelfCheck, "status", "ok"),
+    (SelfCheck, "largest_difference", "0.1"),
     (ModelInfo, "limits", None),
     (ModelInfo, "limits", [1, 2, 3]),
 ]
