@@ -32,6 +32,8 @@ PROBE_TOKENS: Final = 66
 # Times what may differ at load, where rows are as long in both: other shapes round otherwise, and
 # recurrent layers and experts amplify it. A leak, or a lost window, is 0.1 and more.
 _SLACK: Final[dict[PackingRoute, float]] = {"masked": 3.0, "documents": 10.0}
+# ... and what it may be, relative, where activations are quantised over all rows of a batch.
+_DEPENDENT: Final = 0.3
 _NOISE: Final = 10.0  # times what two equal forwards differ by: below, it may be that and no more
 
 
@@ -135,7 +137,9 @@ def _check_packing(runner: JobRunner) -> SelfCheck:
     seq_lens, input_ids, changed = leak_probe(model)
     input_ids, changed = input_ids.to(runner.device), changed.to(runner.device)
     alone = _alone(runner, input_ids, seq_lens)
-    ways = {"each document as a row of its own": runner.packing.by_document()}
+    ways = {}
+    if runner.can_trim or runner.packing.route == "documents":
+        ways["each document as a row of its own"] = runner.packing.by_document()
     if runner.packing.route == "masked":
         ways["in one forward under a mask"] = runner.packing
     leaks: dict[str, Leak] = {}
@@ -154,6 +158,9 @@ def _check_packing(runner: JobRunner) -> SelfCheck:
         if leak.difference <= _NOISE * noise:
             words = f"two equal forwards differ by {noise:.2g} (relative): documents cannot be told"
             return _check("packing", "not_applicable", words, noise)
+        if not runner.can_trim and leak.difference <= _DEPENDENT:
+            words = f"rows of this target depend on one another: {way}, {leak.reason}"
+            return _check("packing", "not_applicable", words, worst)
         return _check("packing", "failed", f"{way}: {leak.reason}", worst)
     words = (
         f"packed documents are as each is alone, to {worst:.1e}, and do not move when a neighbour "
