@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -32,6 +34,14 @@ class Watched(GatedTarget):
             assert self.gate.wait(PATIENCE_S), "nobody opened the gate"
         self.computed.append(name)
         return self.inner.self_check(name)
+
+    @contextmanager
+    def opened_at_the_end(self) -> Iterator[None]:
+        """So that a test that fails ends, too."""
+        try:
+            yield
+        finally:
+            self.gate.set()
 
     def supervise(self, job: Any) -> Any:
         self.computed.append("supervise")
@@ -68,7 +78,7 @@ def test_others_take_their_turn_between_its_checks(
 
     backend, batch, before = trainer(bridge)
     counted = status()
-    with backend, ThreadPoolExecutor(1) as pool:
+    with backend, ThreadPoolExecutor(1) as pool, watched.opened_at_the_end():
         asked = pool.submit(bridge.app_client.post, PATH)
         watched.wait_until_entered()
         assert bridge.app_client.get("/healthz").json() == {"status": "alive"}
@@ -111,10 +121,13 @@ def test_it_counts_for_no_trainer(serve: Any, target: TransformersTarget) -> Non
 def test_one_at_a_time_is_made_and_a_repeat_shares_it(serve: Any, watched: Watched) -> None:
     bridge = serve(watched)
     post = bridge.app_client.post
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool, watched.opened_at_the_end():
         first = pool.submit(post, PATH, headers={"x-request-id": "one"})
         watched.wait_until_entered()
-        second = post(PATH, headers={"x-request-id": "two"})
+        asked = pool.submit(post, PATH, headers={"x-request-id": "two"})
+        while not asked.done():
+            assert bridge.app_client.get("/v1/status").json()["queued_requests"] == 0
+        second = asked.result()
         assert (second.status_code, second.json()["code"]) == (429, "queue_full")
         assert "makes one at a time; repeat later" in second.json()["detail"]
         assert second.headers["retry-after"] == "1"
@@ -129,7 +142,7 @@ def test_one_at_a_time_is_made_and_a_repeat_shares_it(serve: Any, watched: Watch
 
 def test_past_its_deadline_the_rest_is_not_made(serve: Any, watched: Watched) -> None:
     bridge = serve(watched)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, watched.opened_at_the_end():
         asked = pool.submit(bridge.app_client.post, PATH, headers={"x-eagle3-deadline-ms": "1500"})
         watched.wait_until_entered()
         answer = asked.result(PATIENCE_S)
@@ -141,7 +154,7 @@ def test_past_its_deadline_the_rest_is_not_made(serve: Any, watched: Watched) ->
 
 def test_a_server_that_drains_refuses_and_ends_what_it_began(serve: Any, watched: Watched) -> None:
     bridge = serve(watched)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, watched.opened_at_the_end():
         begun = pool.submit(bridge.app_client.post, PATH)
         watched.wait_until_entered()
         bridge.app_client.app.state.service.drain()
@@ -172,7 +185,7 @@ def test_small_limits_are_no_hindrance(check: Any, target: TransformersTarget) -
 def test_a_full_queue_is_an_answer(serve: Any, watched: Watched) -> None:
     """As of any request: its checks have no place of their own."""
     bridge = serve(watched, max_tokens_in_flight=66)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, watched.opened_at_the_end():
         begun = pool.submit(bridge.app_client.post, PATH)
         watched.wait_until_entered()
         answer = bridge.app_client.post(PATH, headers={"x-request-id": "other"})
