@@ -196,11 +196,10 @@ class Service:
         """Run work that gives no tensors where the target is, when it is its client's turn.
 
         Raises:
-            QueueFull, DeadlineExceeded, RemoteEagle3Error: as `compute`.
+            QueueFull, NotReady, RemoteEagle3Error: as `compute`.
         """
 
         def compute() -> Result:
-            self._check_deadline(record)
             self.telemetry.bound_by.computing(True)
             try:
                 return self._attempt(work, record.request_id)
@@ -215,18 +214,14 @@ class Service:
         queued = time.monotonic()
 
         def compute() -> Future[HostTensors]:
-            self._check_deadline(record)
+            if record.deadline is not None and time.monotonic() >= record.deadline:
+                raise DeadlineExceeded(PASSED)
             record.spent("queue", time.monotonic() - queued)
             return self._compute_one(work, record)
 
         computed = self._compute.submit(compute, record.request_id, record.client)
         copied = await asyncio.wrap_future(computed)
         return await asyncio.wrap_future(copied)
-
-    @staticmethod
-    def _check_deadline(record: RequestRecord) -> None:
-        if record.deadline is not None and time.monotonic() >= record.deadline:
-            raise DeadlineExceeded(PASSED)
 
     def _compute_one(
         self, work: Callable[[], DeviceTensors], record: RequestRecord
