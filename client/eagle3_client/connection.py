@@ -39,10 +39,12 @@ from eagle3_schemas.protocol import (
     PROTOCOL_VERSION,
     READY_PATH,
     REQUEST_ID_HEADER,
+    SELF_CHECK_PATH,
     SERVER_TIMING_HEADER,
     SUPERVISION_PATH,
     TARGET_HEAD_PATH,
 )
+from eagle3_schemas.self_check import SelfCheckResponse
 from eagle3_schemas.supervision import pack_bits
 from eagle3_schemas.tensors import byte_view
 
@@ -167,6 +169,25 @@ class Connection:
             raise ProtocolMismatch(
                 f"the answer to {MODEL_PATH} is not model info of protocol version "
                 f"{PROTOCOL_VERSION}: {exc}. Check the URL and both sides' versions",
+                url=self.url,
+            ) from exc
+
+    def self_check(self) -> SelfCheckResponse | None:
+        """Have the server check its target anew; None if it is too old for that.
+
+        Raises:
+            ProtocolMismatch: the answer is none of this protocol version.
+        """
+        try:
+            body = self._send("POST", SELF_CHECK_PATH)
+        except ProtocolMismatch:  # 404: it does not have the path
+            return None
+        try:
+            return SelfCheckResponse.model_validate_json(bytes(byte_view(body)))
+        except ValidationError as exc:
+            raise ProtocolMismatch(
+                f"the answer to {SELF_CHECK_PATH} is none of protocol version {PROTOCOL_VERSION}: "
+                f"{exc}. Check both sides' versions",
                 url=self.url,
             ) from exc
 

@@ -38,6 +38,7 @@ from eagle3_schemas.errors import (
     TransportError,
 )
 from eagle3_schemas.frame import Frame
+from eagle3_schemas.self_check import SelfCheck
 from eagle3_schemas.target_head import unpack_target_head
 
 Result = TypeVar("Result")
@@ -127,6 +128,19 @@ class Dispatcher:
             left_s = max(deadline - time.monotonic(), 0.1)
             check = partial(member.connection.check_ready, left_s)
             Retrier(left_s).call(check, f"waiting for {member.connection.url}")
+
+    def self_check(self) -> tuple[SelfCheck, ...] | None:
+        """Have a server check its target anew; None if it is too old for that."""
+
+        def attempt() -> tuple[SelfCheck, ...] | None:
+            with self.fleet.lend() as connection:
+                answer = connection.self_check()
+            if answer is None:
+                return None
+            self.fleet.check_fingerprint(answer.fingerprint, connection.url)
+            return answer.checks
+
+        return self.call(attempt, "self-check")
 
     def input_embeddings(self) -> torch.Tensor:
         """Return the target's input embeddings, [V, H] on the CPU, from the cache or a server.

@@ -20,6 +20,7 @@ from eagle3_client.preflight_report import PreflightReport
 from eagle3_client.results import TargetEmbeddings
 from eagle3_schemas import DraftVocab, ModelInfo
 from eagle3_schemas.errors import VocabMappingMissing
+from eagle3_schemas.self_check import SelfCheck
 from eagle3_schemas.tokenizer import HasVocab
 
 
@@ -95,6 +96,21 @@ class TargetCalls:
             time_limit_s=time_limit_s,
             transport=self._transport,
         )
+
+    def self_check(self) -> tuple[SelfCheck, ...] | None:
+        """Have a server check anew what it proved of its target when it loaded it.
+
+        Between other clients' requests; of several servers, one does. Seconds on a CPU.
+
+        Returns:
+            The checks, each passed, failed or not applicable; None of a server too old for it.
+
+        Raises:
+            RemoteEagle3Error: as `generate_batch`; another self-check under way is waited for.
+        """
+        self._dispatcher.check_usable()
+        self._dispatcher.model_info()
+        return self._dispatcher.self_check()
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Block until every server's target is loaded, at most `timeout` seconds (`retry_for_s`).

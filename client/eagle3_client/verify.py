@@ -18,6 +18,7 @@ from torch import Tensor
 from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.preflight_report import Check
 from eagle3_client.verify_report import VerifyReport
+from eagle3_client.verify_server import self_checks
 from eagle3_schemas import ModelInfo
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.tokenizer import tokenizer_digest
@@ -76,7 +77,7 @@ def verify(
         info = backend.model_info()
         input_ids = _tokens(tokenizer, text)
         checks = {
-            "load_time": _load_time(info),
+            **self_checks(backend),
             "tokenizer": _tokenizer(tokenizer, info, int(input_ids.max())),
         }
         served = None
@@ -92,17 +93,6 @@ def verify(
         first = first or served
         reports.append(VerifyReport(url, checks, time.monotonic() - started))
     return reports
-
-
-def _load_time(info: ModelInfo) -> Check:
-    """Tell what the server proved of its target when it loaded it."""
-    found = [
-        f"head: {info.head}" + (f" ({info.head_reason})" if info.head_reason else ""),
-        f"packing: {info.packing or 'refused'}"
-        + (f" ({info.packing_reason})" if info.packing_reason else ""),
-        f"bits repeat: {info.deterministic}",
-    ]
-    return Check("ok", "; ".join(found), values={"head": info.head, "packing": info.packing})
 
 
 def _tokenizer(tokenizer: Any, info: ModelInfo, largest_id: int) -> Check:

@@ -209,6 +209,11 @@ class ModelInfo(Description):
     aux_layer_ids: tuple[int, ...] | None
     """Used when a request names none; None: the target is too shallow for the default rule."""
     aux_layer_convention: str
+    hooks: Literal["verified", "not comparable"] | None = None
+    """Whether the captured layers were, at load, bit for bit transformers' own `hidden_states`; a
+    target whose were not is not served. None: not tried."""
+    hooks_reason: str | None = None
+    """Why they could not be compared, or None."""
     head: Literal["full", "rows"]
     """Whether the head runs for the rows needed, or (a fallback) for every position."""
     head_reason: str | None = None

@@ -28,6 +28,7 @@ CAPTURE_PATH: Final = "/v1/capture"
 BATCH_PATHS: Final = (SUPERVISION_PATH, CAPTURE_PATH)
 """Where batches are computed."""
 INSPECT_PATH: Final = "/v1/inspect"
+SELF_CHECK_PATH: Final = "/v1/self-check"
 
 STATUS_PATH: Final = "/v1/status"
 METRICS_PATH: Final = "/metrics"

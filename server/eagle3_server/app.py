@@ -39,10 +39,12 @@ from eagle3_schemas.protocol import (
     MODEL_PATH,
     PAGE_PATH,
     READY_PATH,
+    SELF_CHECK_PATH,
     STATUS_PATH,
     SUPERVISION_PATH,
     TARGET_HEAD_PATH,
 )
+from eagle3_schemas.self_check import SelfCheckResponse
 from eagle3_schemas.status import ServerStatus
 from eagle3_server.accounting import Accounting
 from eagle3_server.admission import admit_capture, admit_draft_vocab, admit_supervision
@@ -61,6 +63,7 @@ from eagle3_server.response_size import (
     supervision_bytes,
     target_head_bytes,
 )
+from eagle3_server.self_checking import SelfChecks
 from eagle3_server.service import Service
 
 AnyRequest = TypeVar("AnyRequest", bound=BatchRequest)
@@ -94,6 +97,7 @@ def create_app(
     tokens = settings.tokens()
     guarded = needs_token(tokens)
     texts = TokenTexts(lambda: load_tokenizer(settings))
+    self_checks = SelfChecks(service)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -278,5 +282,10 @@ def create_app(
     async def inspect(request: Request) -> InspectResponse:
         """A text's tokens, each with what the target expects after it. For people, not trainers."""
         return await inspect_text(service, texts, request)
+
+    @app.post(SELF_CHECK_PATH, dependencies=guarded)
+    async def self_check(request: Request) -> SelfCheckResponse:
+        """What was proved of the target at load, proved anew. For `eagle3-remote verify`."""
+        return await self_checks.answer(request)
 
     return app

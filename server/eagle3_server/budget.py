@@ -22,7 +22,7 @@ class Budget:
     """
 
     def __init__(self, total: int, unit: str, setting: str) -> None:
-        self._total, self._unit, self._setting = total, unit, setting
+        self.total, self._unit, self._setting = total, unit, setting
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
         self.in_flight = 0
@@ -35,18 +35,18 @@ class Budget:
             LimitExceeded: more than there is in all.
             QueueFull: more than is free for this client now.
         """
-        if amount + own > self._total:
+        if amount + own > self.total:
             raise LimitExceeded(
-                f"{self._total} {self._unit} may be in flight ({self._setting}), and this request "
+                f"{self.total} {self._unit} may be in flight ({self._setting}), and this request "
                 f"alone takes {amount + own}. Send smaller batches, or raise the limit on the "
                 f"server (EAGLE3_{self._setting.upper()})"
             )
         with self._lock:
-            free = self._total - self.in_flight
+            free = self.total - self.in_flight
             held = self._held[client] - own
             if held + amount > free and (held or amount > free):
                 raise QueueFull(
-                    f"{self.in_flight} of {self._total} {self._unit} are in flight "
+                    f"{self.in_flight} of {self.total} {self._unit} are in flight "
                     f"({self._setting}), {held} of them for this client, and {amount} more do not "
                     "fit; repeat later, keep fewer requests in flight, or raise the limit "
                     f"(EAGLE3_{self._setting.upper()})",

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from eagle3_schemas.errors import DeadlineExceeded, InvalidRequest
-from eagle3_server.engine import HostTensors
+
+Result = TypeVar("Result")
 
 PASSED = (
     "the deadline the client gave passed before the answer was ready; it asked for too little "
@@ -32,7 +33,7 @@ class Identity:
 @dataclass
 class _Computation:
     body_digest: bytes
-    task: asyncio.Task[HostTensors]
+    task: asyncio.Task[Any]
     waiting: int = 0
 
 
@@ -50,11 +51,11 @@ class Computations:
 
     async def result(
         self,
-        start: Callable[[], Coroutine[Any, Any, HostTensors]],
+        start: Callable[[], Coroutine[Any, Any, Result]],
         identity: Identity,
         receive: Receive,
         deadline: float | None,
-    ) -> HostTensors:
+    ) -> Result:
         """Join the computation of this identity, or start it, and wait for its result.
 
         Args:
@@ -92,7 +93,8 @@ class Computations:
                 {computation.task, left}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
             if computation.task.done():
-                return computation.task.result()
+                result: Result = computation.task.result()
+                return result
             if left.done():
                 raise ClientDisconnect
             raise DeadlineExceeded(PASSED)

@@ -12,6 +12,7 @@ from eagle3_schemas import AUX_LAYER_CONVENTION
 from eagle3_schemas.capture import OUTPUTS
 from eagle3_schemas.draft_head import LogitsTransform
 from eagle3_schemas.protocol import PROTOCOL_VERSION
+from eagle3_server.capture_probe import CaptureFinding
 from eagle3_server.engine import TargetDescription
 from eagle3_server.final_norm import Found
 from eagle3_server.fingerprint import config_digest, target_fingerprint, weights_digest
@@ -35,6 +36,7 @@ def describe_target(
     head_reason: str | None,
     packing: Packing,
     between: Found,
+    hooks: CaptureFinding,
 ) -> TargetDescription:
     """Describe a target; the digests read a few megabytes of its weights.
 
@@ -49,6 +51,7 @@ def describe_target(
         head_reason: why there is none.
         packing: how packed rows run.
         between: what stands between the last layer and the head.
+        hooks: how the captured layers compare with transformers' own; not `wrong`.
     """
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     device, vocab_size = device_of(embeddings), probe.logits.shape[-1]
@@ -102,6 +105,8 @@ def describe_target(
         ),
         outputs_reason=between.reason,
         norm=None if between.norm is None else between.norm.form,
+        hooks="verified" if hooks.status == "verified" else "not comparable",
+        hooks_reason=None if hooks.status == "verified" else hooks.words,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.draft_head import LogitsTransform
 from eagle3_schemas.messages import AuxDtype, EncodingName, Rows
+from eagle3_schemas.self_check import SelfCheck
 from eagle3_schemas.target_head import NormForm
 from eagle3_schemas.tensors import Checksum
 
@@ -46,6 +47,8 @@ class TargetDescription:
     outputs: tuple[str, ...] = ()  # names of `OUTPUTS` that `capture` gives
     outputs_reason: str | None = None  # why some, or the norm's form, are missing
     norm: NormForm | None = None
+    hooks: Literal["verified", "not comparable"] | None = None
+    hooks_reason: str | None = None  # why they were not comparable
 
 
 @dataclass(frozen=True)
@@ -153,3 +156,6 @@ class Target(Protocol):
         Raises:
             InvalidRequest: the head is not a plain linear.
         """
+
+    def self_check(self, name: str) -> SelfCheck:
+        """Check one of `SELF_CHECKS` anew, on the model and with what requests are served by."""

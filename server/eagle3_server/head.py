@@ -138,10 +138,29 @@ class RowsHead:
             raise HeadUnsupported(f"its forward fails with a cut head: {exc}") from exc
         if cut.shape[1] != 1 or len(inputs) != 1 or not torch.equal(inputs[0], head_input):
             raise HeadUnsupported("a forward with a cut head is not the same forward")
-        rows = head_input.flatten(0, 1).to(self.device)
+        for count, error, is_same in self.compare(head_input, logits):
+            if not is_same:
+                raise HeadUnsupported(f"{count} rows differ from the full logits by {error:.3g}")
+
+    def compare(
+        self, head_input: torch.Tensor, logits: torch.Tensor
+    ) -> Iterator[tuple[int, float, bool]]:
+        """Take one row, some, and all through the head, and hold them against full logits.
+
+        Args:
+            head_input: [B, T, H], what the model gave its head.
+            logits: [B, T, V], what it made of that.
+
+        Yields:
+            A number of rows, their largest difference, and whether that is none, or rounding.
+        """
+        rows, full = head_input.flatten(0, 1).to(self.device), logits.flatten(0, 1).to(self.device)
         for count in (1, 17, rows.shape[0]):
-            expected = logits.flatten(0, 1)[:count]
             got = torch.cat([tile for _, tile in self.tiles(rows[:count])], dim=-1)
+            expected = full[:count]
+            if got.shape != expected.shape:
+                yield count, float("inf"), False
+                continue
             is_same = (
                 torch.equal(got, expected)
                 if rows.device.type == "cpu"
@@ -149,9 +168,7 @@ class RowsHead:
                 # (a missing scale, a wrong row) is orders of magnitude larger.
                 else torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05)
             )
-            if not is_same:
-                error = (got.float() - expected.float()).abs().max().item()
-                raise HeadUnsupported(f"{count} rows differ from the full logits by {error:.3g}")
+            yield count, (got.float() - expected.float()).abs().max().item(), is_same
 
     def tiles(self, head_input: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Give the rows' logits as the model's own forward does, tile by tile in the order of ids.

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.errors import RemoteEagle3Error
+from eagle3_schemas.self_check import SelfCheck
 from eagle3_server.device_errors import free_memory, is_out_of_memory
 from eagle3_server.engine import (
     CaptureJob,
@@ -23,6 +24,8 @@ from eagle3_server.group import Group, GroupBroken
 
 _STOP: Final = "stop"
 _NOTHING: Final = "nothing"
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +79,23 @@ class LeadingTarget:
         """See `Target`."""
         return self._everywhere("target_head")
 
+    def self_check(self, name: str) -> SelfCheck:
+        """See `Target`: what this rank found; every rank runs the same forwards."""
+        return self._run_everywhere(SelfCheck, "self_check", name)
+
     def _everywhere(self, method: str, *arguments: Any) -> DeviceTensors:
+        return self._run_everywhere(DeviceTensors, method, *arguments)
+
+    def _run_everywhere(self, kind: type[Result], method: str, *arguments: Any) -> Result:
         """Run a method of the target on every rank; the result of this one is returned.
 
         Raises:
             GroupBroken: a rank is gone, or ended in another way.
         """
         self._group.tell({"method": method, "arguments": [_plain(each) for each in arguments]})
-        return _run(self._inner, self._group, method, arguments)
+        result = _run(self._inner, self._group, method, arguments)
+        assert isinstance(result, kind)
+        return result
 
 
 class Keeper:
@@ -143,9 +155,9 @@ def follow(target: Target, group: Group) -> None:
             free_memory(target.describe().device)
 
 
-def _run(target: Target, group: Group, method: str, arguments: tuple[Any, ...]) -> DeviceTensors:
+def _run(target: Target, group: Group, method: str, arguments: tuple[Any, ...]) -> object:
     try:
-        result: DeviceTensors = getattr(target, method)(*arguments)
+        result: object = getattr(target, method)(*arguments)
     except Exception as exc:
         group.agree(exc)
         if not isinstance(exc, RemoteEagle3Error) and not is_out_of_memory(exc):
@@ -161,6 +173,8 @@ _JOBS: Final = {"SupervisionJob": SupervisionJob, "CaptureJob": CaptureJob}
 
 def _plain(argument: Any) -> dict[str, Any]:
     """Take an argument apart into tensors and plain values."""
+    if isinstance(argument, str):
+        return {"kind": "str", "value": argument}
     if isinstance(argument, DraftVocab):
         return {"kind": "DraftVocab", "ids": argument.selected_token_ids}
     values = {field.name: getattr(argument, field.name) for field in fields(argument)}
@@ -172,6 +186,8 @@ def _plain(argument: Any) -> dict[str, Any]:
 def _built(plain: dict[str, Any]) -> Any:
     """Undo `_plain`."""
     kind, values = plain["kind"], {k: v for k, v in plain.items() if k != "kind"}
+    if kind == "str":
+        return values["value"]
     if kind == "DraftVocab":
         return DraftVocab.from_ids(values["ids"])
     if values["draft_vocab"] is not None:

@@ -35,6 +35,8 @@ def model_info(target: TargetDescription, limits: Limits, deterministic: bool | 
         deterministic=deterministic,
         aux_layer_ids=target.aux_layer_ids,
         aux_layer_convention=AUX_LAYER_CONVENTION,
+        hooks=target.hooks,
+        hooks_reason=target.hooks_reason,
         head=target.head,
         head_reason=target.head_reason,
         encodings=target.encodings,

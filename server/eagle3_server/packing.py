@@ -19,17 +19,11 @@ from eagle3_schemas.errors import PackingUnsupported
 from eagle3_schemas.packing import Document, documents_of, restarting_positions
 from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.forward import ForwardResult, forward_with_aux
-from eagle3_server.layout import decoder_layers, positions_depend_on_length, text_config
-from eagle3_server.placement import device_of
 
 PackingRoute = Literal["masked", "documents"]
 
 _SURPLUS = 1.125  # tokens computed for a token asked for, where documents are padded to one length
 _FEW_TOKENS = 128  # of padding: a forward of its own would cost as much, the weights are read anew
-_SAME = {torch.float32: 1e-4}  # largest relative difference to the document alone
-_UNMOVED = {torch.float32: 1e-5}  # ... and to itself, next to another document
-_SAME_HALF, _UNMOVED_HALF = 2e-2, 2e-3
-_PROBE_LENS = ((7, 12, 5), (9, 15, 0))
 
 
 @dataclass(frozen=True)
@@ -78,69 +72,6 @@ def forward_packed(
     )
 
 
-def find_packing(model: nn.Module) -> Packing:
-    """Find whether a block-causal mask keeps this model's documents apart, on a tiny probe.
-
-    Each document must come out as it does alone, in every layer and in the logits, and must not
-    move when another one in its row changes: recurrent layers leak through any mask.
-    """
-    if positions_depend_on_length(model):
-        reason = "its rotary positions change with the length of a row"
-        return Packing("documents", reason, surplus=1.0)
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    weight: torch.Tensor = embeddings.weight
-    device = device_of(embeddings)
-    config = text_config(model)
-    count = min(weight.shape[0], int(getattr(config, "vocab_size", weight.shape[0])))
-    seq_lens = torch.tensor(_PROBE_LENS)
-    shape = len(_PROBE_LENS), int(seq_lens[0].sum())
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(count, shape, generator=generator)
-    changed = input_ids.clone()
-    changed[0, : _PROBE_LENS[0][0]] = torch.randint(
-        count, (_PROBE_LENS[0][0],), generator=generator
-    )
-    layers = range(len(decoder_layers(model)))
-    try:
-        if _is_flash(model):  # its condition: one row
-            seq_lens, input_ids, changed = seq_lens[:1], input_ids[:1], changed[:1]
-        packed, moved = (
-            forward_masked(model, ids.to(device), seq_lens, layers) for ids in (input_ids, changed)
-        )
-    except PackingUnsupported as exc:
-        return Packing("documents", exc.detail)
-    except Exception as exc:  # whatever a model does with a mask it does not know
-        return Packing("documents", f"its forward fails under a block-causal mask: {exc!r:.200}")
-    alone = forward_documents(model, input_ids.to(device), seq_lens, layers, surplus=1.0)
-    dtype = packed.aux_states[0].dtype
-    error = _largest_difference(alone, packed)
-    if not error <= _SAME.get(dtype, _SAME_HALF):
-        return Packing(
-            "documents", f"packed documents differ from the same alone by {error:.2g} (relative)"
-        )
-    # The documents beside the one that changed; another row is no neighbour.
-    error = _largest_difference(packed, moved, slice(0, 1), slice(_PROBE_LENS[0][0], None))
-    if not error <= _UNMOVED.get(dtype, _UNMOVED_HALF):
-        return Packing("documents", f"a document moves by {error:.2g} when another one changes")
-    return Packing("masked", None)
-
-
-def _largest_difference(
-    first: ForwardResult,
-    second: ForwardResult,
-    rows: slice = slice(None),
-    columns: slice = slice(None),
-) -> float:
-    """Return the largest |a - b| / |a| (Frobenius) of a layer or the logits; NaN is the largest."""
-    worst = 0.0
-    pairs = [*zip(first.aux_states, second.aux_states, strict=True), (first.logits, second.logits)]
-    for a, b in pairs:
-        a, b = a[rows, columns].float(), b[rows, columns].float()
-        error = float((a - b).norm() / a.norm().clamp_min(1e-12))
-        worst = error if error != error or error > worst else worst
-    return worst
-
-
 def forward_masked(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -165,7 +96,7 @@ def forward_masked(
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise PackingUnsupported(f"{type(model).__name__} takes no position_ids")
-    if _is_flash(model) and input_ids.shape[0] != 1:
+    if is_flash(model) and input_ids.shape[0] != 1:
         raise PackingUnsupported(
             "packed rows with FlashAttention must come one a batch, B = 1, where they are to be "
             f"computed as one forward; got B = {input_ids.shape[0]}. Send one row a batch, serve "
@@ -201,7 +132,8 @@ def _block_causal_masks(model: nn.Module, input_ids: torch.Tensor, positions: to
     return build(config=config, attention_mask=None, position_ids=positions, **by_version)
 
 
-def _is_flash(model: nn.Module) -> bool:
+def is_flash(model: nn.Module) -> bool:
+    """Whether a model's attention is FlashAttention, which finds documents by their positions."""
     return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
 
 

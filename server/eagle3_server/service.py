@@ -8,10 +8,10 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -175,13 +175,39 @@ class Service:
             RemoteEagle3Error: what the work raised.
         """
         record = record_of(request)
+        return await self.shared(lambda: self._run(work, record), request, body)
+
+    async def shared(
+        self,
+        start: Callable[[], Coroutine[Any, Any, Result]],
+        request: Request,
+        body: bytes | bytearray = b"",
+    ) -> Result:
+        """Wait for what `start` begins, or for what a repeated request began; as `compute`."""
+        record = record_of(request)
         digest = hashlib.blake2b(request.url.path.encode())
         digest.update(body)
         identity = Identity(
             request.headers.get("authorization", ""), record.request_id, digest.digest()
         )
-        return await self._computations.result(
-            lambda: self._run(work, record), identity, request.receive, record.deadline
+        return await self._computations.result(start, identity, request.receive, record.deadline)
+
+    async def on_compute_thread(self, work: Callable[[], Result], record: RequestRecord) -> Result:
+        """Run work that gives no tensors where the target is, when it is its client's turn.
+
+        Raises:
+            QueueFull, NotReady, RemoteEagle3Error: as `compute`.
+        """
+
+        def compute() -> Result:
+            self.telemetry.bound_by.computing(True)
+            try:
+                return self._attempt(work, record.request_id)
+            finally:
+                self.telemetry.bound_by.computing(False)
+
+        return await asyncio.wrap_future(
+            self._compute.submit(compute, record.request_id, record.client)
         )
 
     async def _run(self, work: Callable[[], DeviceTensors], record: RequestRecord) -> HostTensors:

@@ -21,7 +21,8 @@ from eagle3_schemas.packing import check_packing
 from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.layout import decoder_layers
-from eagle3_server.packing import Packing, find_packing, forward_packed
+from eagle3_server.packing import Packing, forward_packed
+from eagle3_server.packing_probe import find_packing
 from eagle3_server.quantization import compute_from_stored_weights
 from eagle3_server.split_probe import ONE_BY_ONE, prove_split
 

@@ -22,7 +22,9 @@ from eagle3_schemas.aux_states import encode_aux
 from eagle3_schemas.draft_head import ROW_MULTIPLE
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.self_check import SelfCheck
 from eagle3_schemas.supervision import pack_bits
+from eagle3_server.capture_probe import prove_capture
 from eagle3_server.capturing import capture
 from eagle3_server.context_parallel import ContextParallel
 from eagle3_server.describing import describe_target
@@ -36,10 +38,11 @@ from eagle3_server.final_norm import Found, find_final_norm
 from eagle3_server.forward import forward_logits, forward_with_aux
 from eagle3_server.head import HeadUnsupported, RowsHead, probe_batch
 from eagle3_server.layout import decoder_layers
-from eagle3_server.packing import find_packing
+from eagle3_server.packing_probe import find_packing
 from eagle3_server.placement import device_of, weights_of
 from eagle3_server.quantization import compute_from_stored_weights, why_not_to_trim
 from eagle3_server.running import JobRunner, aux_names, check_finite
+from eagle3_server.self_check import check_target
 from eagle3_server.sharding import is_sharded, whole
 from eagle3_server.split_probe import ONE_BY_ONE, prove_split
 from eagle3_server.supervise import supervise_rows
@@ -69,6 +72,7 @@ class TransformersTarget:
     Raises:
         InvalidRequest: bad `aux_layer_ids`, no decoder layers found in the model, or one whose
             sequences cannot be split.
+        CaptureMismatch: what the hooks catch is not transformers' own `hidden_states`.
     """
 
     def __init__(
@@ -100,6 +104,9 @@ class TransformersTarget:
             # head's weights takes longer than the matmul (benchmarks/results/gpu.md).
             head_chunk_bytes = (64 if self._device.type == "cpu" else 256) * 1024 * 1024
         probe = forward_with_aux(model, *probe_batch(model), range(num_layers))
+        hooks = prove_capture(model, num_layers)
+        if hooks.status != "verified":
+            logger.warning("the captured layers could not be compared: %s", hooks.words)
         vocab_size = probe.logits.shape[-1]
         self._head: RowsHead | None = None
         head_reason = None
@@ -141,6 +148,7 @@ class TransformersTarget:
             head_reason=head_reason,
             packing=packing,
             between=between,
+            hooks=hooks,
         )
 
     def describe(self) -> TargetDescription:
@@ -254,6 +262,10 @@ class TransformersTarget:
         selected = None if job.draft_vocab is None else self._draft_vocab(job.draft_vocab)
         tensors, head_seconds = capture(self._runner, job, selected)
         return self._here(tensors, head_seconds=head_seconds)
+
+    def self_check(self, name: str) -> SelfCheck:
+        """Check anew what was proved at load; see `check_target`."""
+        return check_target(name, self._runner, self._description.num_hidden_layers)
 
     def _here(self, tensors: dict[str, torch.Tensor], **how: Any) -> DeviceTensors:
         """Bring a result to one device: the head's part comes from where the head is."""

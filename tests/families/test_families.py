@@ -14,6 +14,7 @@ from tests.families.full_path import make_job
 from torch import nn
 
 from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.self_check import SELF_CHECKS
 from eagle3_server import HFEagle3TargetModel
 from eagle3_server.layout import decoder_layers, max_sequence_length
 from eagle3_server.transformers_target import TransformersTarget
@@ -52,6 +53,17 @@ def test_head_runs_for_rows_alone(case: Case) -> None:
         assert case.description.head_reason
     else:
         case.check_head()
+
+
+def test_hooks_are_verified_at_load_and_all_that_was_proved_there_is_proved_again(
+    case: Case,
+) -> None:
+    assert (case.description.hooks, case.description.hooks_reason) == ("verified", None)
+    found = {name: case.target.self_check(name) for name in SELF_CHECKS}
+    expected = dict.fromkeys(SELF_CHECKS, "passed")
+    if case.family.name in FALLS_BACK:
+        expected["head"] = "not_applicable"
+    assert {name: each.status for name, each in found.items()} == expected, found
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])

@@ -14,6 +14,7 @@ from tests.parallel.conftest import PATIENCE_S, TIMEOUT_S, D, GroupServer, V
 
 from eagle3_client import RemoteEagle3Error
 from eagle3_schemas import pack_sequences
+from eagle3_schemas.self_check import SELF_CHECKS
 from eagle3_server import HFEagle3TargetModel, TransformersTarget
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,20 @@ def test_captures_packed_rows_and_exact_are_served_too(
                 rtol=1e-4, atol=1e-4,
             )  # fmt: skip
             start += len(each)
+
+
+def test_a_group_repeats_its_checks_and_serves_on(
+    group_server: GroupServer, backend: Any, batch_of: Any
+) -> None:
+    client = backend(group_server.url)
+    batch = batch_of(V)
+    before = client.generate_batch(*batch)
+    found = client.self_check()
+    assert [each.name for each in found] == list(SELF_CHECKS)
+    assert {each.status for each in found} == {"passed"}, found
+    assert client.model_info().hooks == "verified"
+    after = client.generate_batch(*batch)
+    assert torch.equal(after.aux_hidden_states, before.aux_hidden_states)
 
 
 def test_an_error_of_every_rank_is_the_clients_and_the_group_goes_on(

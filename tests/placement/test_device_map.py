@@ -14,6 +14,7 @@ from tests.servers import save_tiny_llama
 from torch import nn
 
 from eagle3_schemas.errors import InvalidRequest
+from eagle3_schemas.self_check import SELF_CHECKS
 from eagle3_server import HFEagle3TargetModel, ServerSettings, TransformersTarget
 from eagle3_server.loading import load_target
 from eagle3_server.placement import device_of, parse_device_map
@@ -52,6 +53,10 @@ def test_weights_on_the_disk_are_the_same_target(on_disk: Any, whole: Any) -> No
     weights = [p.device.type for p in on_disk._model.parameters()]
     assert weights.count("meta") > 20, "nothing is on the disk"
     assert on_disk.describe() == whole.describe()
+
+
+def test_weights_on_the_disk_pass_the_checks_of_load_again(on_disk: Any) -> None:
+    assert {on_disk.self_check(name).status for name in SELF_CHECKS} == {"passed"}
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])

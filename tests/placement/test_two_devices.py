@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.capture import OUTPUTS
 from eagle3_schemas.packing import restarting_positions
+from eagle3_schemas.self_check import SELF_CHECKS
 from eagle3_server import HFEagle3TargetModel, TransformersTarget, capturing, head, supervise
 from eagle3_server.engine import CaptureJob, DeviceTensors
 from eagle3_server.head import HeadUnsupported, RowsHead
@@ -111,6 +112,14 @@ def test_what_is_found_of_a_target_is_the_same(targets: Any) -> None:
     assert mapped.device_name == "2 x cpu"
     assert replace(mapped, device="cpu", device_name="cpu") == whole
     assert (whole.head, whole.packing, whole.outputs) == ("rows", "masked", tuple(OUTPUTS))
+
+
+def test_what_was_proved_at_load_is_proved_again(targets: Any) -> None:
+    for name in SELF_CHECKS:
+        with two_devices():
+            found = targets[0].self_check(name)
+        assert found == targets[1].self_check(name)
+        assert found.status == "passed"
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])

@@ -10,8 +10,10 @@ import torch
 import transformers
 from tests.quantised.checkpoints import L, V
 from tests.quantised.conftest import FORMS
+from tests.server.self_check.planting import join
 from torch import Tensor
 
+from eagle3_schemas.self_check import SELF_CHECKS
 from eagle3_server import HFEagle3TargetModel
 from eagle3_server.quantization import why_not_to_trim
 
@@ -56,6 +58,24 @@ def test_head_stays_plain_and_every_encoding_is_offered(target: Any, form: str) 
     assert described.encodings == ("probs", "logits", "hidden")
     assert described.quantization is not None
     assert type(target._model.get_output_embeddings().weight.data) is torch.Tensor
+
+
+def test_what_was_proved_at_load_is_proved_again(target: Any) -> None:
+    """Whose activations are quantised has rows that depend on one another, packed or not."""
+    assert target.describe().hooks == "verified"
+    found = {name: target.self_check(name) for name in SELF_CHECKS}
+    expected = dict.fromkeys(SELF_CHECKS, "passed")
+    if why_not_to_trim(target._model) is not None:
+        expected["packing"] = "not_applicable"
+        assert "rows of this target depend on one another" in found["packing"].words
+    assert {name: each.status for name, each in found.items()} == expected, found
+
+
+def test_documents_that_are_not_kept_apart_are_found_all_the_same(
+    target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join(monkeypatch)
+    assert target.self_check("packing").status == "failed"
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])

@@ -15,6 +15,7 @@ from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.frame import decode, encode
 from eagle3_schemas.inspection import ExpectedToken, InspectedToken, InspectRequest, InspectResponse
 from eagle3_schemas.messages import (
+    Description,
     DraftHeadFields,
     DraftVocabInfo,
     Limits,
@@ -25,6 +26,7 @@ from eagle3_schemas.messages import (
     SupervisionResponse,
     parse,
 )
+from eagle3_schemas.self_check import SelfCheck, SelfCheckResponse
 
 PROTOCOL_PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 DIGEST = "0123456789abcdef" * 4
@@ -81,6 +83,7 @@ SMALLEST: dict[type[Message], dict[str, Any]] = {
         "limits": LIMITS,
     },
     InspectRequest: {"text": "tea"},
+    SelfCheck: {"name": "hooks", "status": "not_applicable", "words": "not comparable"},
 }
 WHOLE_REQUEST = {
     **SMALLEST[SupervisionRequest],
@@ -135,7 +138,7 @@ def test_model_info_states_the_protocol_version_by_itself() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*SMALLEST, InspectResponse, InspectedToken, ExpectedToken],
+    [*SMALLEST, InspectResponse, InspectedToken, ExpectedToken, SelfCheckResponse],
     ids=lambda kind: kind.__name__,
 )
 def test_the_protocol_page_describes_every_field(kind: type[Message]) -> None:
@@ -147,7 +150,7 @@ def test_the_protocol_page_describes_every_field(kind: type[Message]) -> None:
 @pytest.mark.parametrize("kind", SMALLEST, ids=lambda kind: kind.__name__)
 def test_an_unknown_field_is_named_but_in_what_describes(kind: type[Message]) -> None:
     """A newer server may tell more of itself; an option or a number must not be passed over."""
-    if kind in (ModelInfo, Limits, DraftVocabInfo):
+    if issubclass(kind, Description):
         assert parse(kind, {**SMALLEST[kind], "rowz": "all"}) == parse(kind, SMALLEST[kind])
     else:
         assert f"{kind.__name__} is not valid: rowz: " in refused(kind, rowz="all")
@@ -222,6 +225,9 @@ WRONG_TYPES = [
     (ModelInfo, "hidden_size", True),
     (ModelInfo, "encodings", "probs"),
     (ModelInfo, "head_reason", False),
+    (ModelInfo, "hooks", True),
+    (SelfCheck, "status", "ok"),
+    (SelfCheck, "largest_difference", "0.1"),
     (ModelInfo, "limits", None),
     (ModelInfo, "limits", [1, 2, 3]),
 ]

@@ -16,8 +16,9 @@ from eagle3_schemas.errors import InvalidRequest, PackingUnsupported
 from eagle3_schemas.exchange import pack_request
 from eagle3_schemas.packing import Document, restarting_positions
 from eagle3_schemas.tokens import TokenBatch
-from eagle3_server import HFEagle3TargetModel, TransformersTarget, packing
-from eagle3_server.packing import Packing, find_packing, grouped
+from eagle3_server import HFEagle3TargetModel, TransformersTarget, packing, packing_probe
+from eagle3_server.packing import Packing, grouped
+from eagle3_server.packing_probe import find_packing
 
 SEQ_LENS = torch.tensor([[13, 24, 9], [30, 16, 0]])
 DRAFT_IDS = torch.arange(5, 65).flip(0)
@@ -88,14 +89,14 @@ def test_a_mask_that_leaks_is_found(build_model: Any, monkeypatch: pytest.Monkey
     found = find_packing(model)
     assert found.route == "documents"
     assert "differ from the same alone" in str(found.reason)
-    monkeypatch.setattr(packing, "_SAME", {torch.float32: 1e9})  # also by what moves alone
+    monkeypatch.setattr(packing_probe, "_SAME", {torch.float32: 1e9})  # also by what moves alone
     assert "moves by" in str(find_packing(model).reason)
 
 
 def test_positions_that_change_with_the_length_keep_documents_unpadded(
     build_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "positions_depend_on_length", lambda _model: True)
+    monkeypatch.setattr(packing_probe, "positions_depend_on_length", lambda _model: True)
     found = find_packing(build_model("llama"))
     assert (found.route, found.surplus) == ("documents", 1.0)
     assert "change with the length" in str(found.reason)

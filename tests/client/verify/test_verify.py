@@ -121,7 +121,8 @@ def test_what_is_right_passes(run: Any) -> None:
     (report,) = run("", local=True)
     assert report.has_passed, str(report)
     assert [*report.checks] == [
-        "load_time", "tokenizer", "mapping", "text", "aux_layers", "supervision",
+        "hooks", "head", "packing", "bits_repeat",
+        "tokenizer", "mapping", "text", "aux_layers", "supervision",
     ]  # fmt: skip
     assert report.checks["text"].values["perplexity"] < 3
     assert report.checks["supervision"].values["kl"] < 1e-6

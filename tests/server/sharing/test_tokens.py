@@ -28,6 +28,7 @@ GUARDED = [
     ("POST", "/v1/supervision"),
     ("POST", "/v1/capture"),
     ("POST", "/v1/inspect"),
+    ("POST", "/v1/self-check"),
     ("GET", "/no-such-path"),
 ]
 WRONG = [
