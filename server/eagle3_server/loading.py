@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import tempfile
@@ -78,7 +77,7 @@ def load_target(settings: ServerSettings, group: Group | None = None) -> Transfo
             raise InvalidRequest("a .gguf file cannot be sharded; serve it without --tp")
         if settings.quantization is not None:
             raise InvalidRequest(NOT_SHARDED)
-        extra["distributed_config"] = _sharded_over(shards.size)
+        extra["distributed_config"] = DistributedConfig(tp_size=shards.size, tp_plan="auto")
     if settings.quantization is not None:
         if "gguf_file" in extra:
             raise InvalidRequest(
@@ -209,15 +208,6 @@ def _tokenizer_digest(settings: ServerSettings) -> str | None:
         reason = " ".join(str(exc).split())
         logger.info("no tokenizer found, so trainers cannot compare theirs: %.200s", reason)
         return None
-
-
-def _sharded_over(size: int) -> DistributedConfig:
-    if "tp_size" not in inspect.signature(DistributedConfig).parameters:
-        raise InvalidRequest(
-            f"--tp needs transformers 5.13 or newer; got {transformers.__version__}. Upgrade it, or "
-            "serve with --cp or --device-map"
-        )
-    return DistributedConfig(tp_size=size, tp_plan="auto")
 
 
 def _auto_class(config: object) -> Any:

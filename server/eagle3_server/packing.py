@@ -122,14 +122,11 @@ def _block_causal_masks(model: nn.Module, input_ids: torch.Tensor, positions: to
     # Only its shape, dtype and device are read.
     embeds = torch.empty(*input_ids.shape, 0, dtype=weight.dtype, device=input_ids.device)
     takes = inspect.signature(build).parameters
-    by_version: dict[str, Any] = {  # transformers 5.24 renamed the cache, an earlier 5 the other
-        "inputs_embeds" if "inputs_embeds" in takes else "input_embeds": embeds,
-        "cache" if "cache" in takes else "past_key_values": None,
-    }
-    if "cache_position" in takes:  # early ones
-        by_version["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)
+    cache: Any = {"cache" if "cache" in takes else "past_key_values": None}  # renamed in 5.24
     config: Any = model.config
-    return build(config=config, attention_mask=None, position_ids=positions, **by_version)
+    return build(
+        config=config, inputs_embeds=embeds, attention_mask=None, position_ids=positions, **cache
+    )
 
 
 def is_flash(model: nn.Module) -> bool:

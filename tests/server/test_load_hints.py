@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from tests.servers import save_tiny_llama
 
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_server import ServerSettings, loading
+from eagle3_server import ServerSettings
 from eagle3_server.loading import load_target
 
 
@@ -52,18 +50,3 @@ def test_a_path_that_looks_like_a_hub_id_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
     with pytest.raises(InvalidRequest, match=r"No folder 'models/nope' is here, so the hub was"):
         load_target(ServerSettings(model="models/nope", device="cpu"))
-
-
-def test_a_transformers_that_cannot_shard_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Older:
-        """As before 5.13: no `tp_size`."""
-
-        def __init__(self, enable_expert_parallel: bool = False) -> None: ...
-
-    monkeypatch.setattr(loading, "DistributedConfig", Older)
-    folder = save_tiny_llama(tmp_path / "tiny")
-    group: Any = SimpleNamespace(size=2, rank=0, device=torch.device("cpu"))
-    with pytest.raises(InvalidRequest, match=r"--tp needs transformers 5.13 or newer; got 5\."):
-        load_target(ServerSettings(model=str(folder), tp=2), group)

@@ -52,20 +52,10 @@ def test_a_packed_batch_comes_with_its_description(
         assert torch.allclose(got.aux_hidden_states, expected.aux_hidden_states, atol=1e-5)
 
 
-def masks_of_5_0(
-    config: Any, input_embeds: Any, attention_mask: Any, cache_position: Any,
-    past_key_values: Any, position_ids: Any,
-) -> Any:  # fmt: skip
-    """As transformers 5.0 names them."""
-    assert cache_position.tolist() == list(range(input_embeds.shape[1]))
-    return create_masks_for_generate(
-        config, input_embeds, attention_mask, past_key_values, position_ids
-    )
-
-
 def masks_of_5_24(
     config: Any, inputs_embeds: Any, attention_mask: Any, cache: Any, position_ids: Any
 ) -> Any:
+    """The cache has another name there."""
     return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, position_ids)
 
 
