@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from eagle3_schemas.errors import DeadlineExceeded, InvalidRequest
@@ -28,6 +29,13 @@ class Identity:
     token: str
     request_id: str
     body_digest: bytes
+
+    @classmethod
+    def of(cls, request: Request, request_id: str, body: bytes | bytearray) -> Identity:
+        """Return that of a request: its token, its id, and what it asks for where."""
+        digest = hashlib.blake2b(request.url.path.encode())
+        digest.update(body)
+        return cls(request.headers.get("authorization", ""), request_id, digest.digest())
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
@@ -16,14 +15,14 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from eagle3_schemas import ModelInfo
-from eagle3_schemas.errors import DeadlineExceeded, NotReady, QueueFull, TargetOutOfMemory
+from eagle3_schemas.errors import DeadlineExceeded, NotReady, QueueFull
 from eagle3_schemas.messages import Limits
 from eagle3_schemas.status import ServerStatus
 from eagle3_server.budget import Budget
 from eagle3_server.computations import PASSED, Computations, Identity
 from eagle3_server.config import ServerSettings
 from eagle3_server.copying import HostCopier
-from eagle3_server.device_errors import free_memory, is_fatal, is_out_of_memory
+from eagle3_server.device_errors import attempt
 from eagle3_server.engine import DeviceTensors, HostTensors, Target
 from eagle3_server.leading import Keeper, LeadingTarget
 from eagle3_server.model_info import limits_of, model_info
@@ -38,7 +37,6 @@ _CLOSE_S = 1.0
 _UNCOPIED_RESULTS = 2  # one being copied and one just computed: bounds the device memory they take
 
 Result = TypeVar("Result")
-
 logger = logging.getLogger(__name__)
 
 
@@ -60,12 +58,8 @@ class Service:
         self._copy = StageThread("copy", 2 * _UNCOPIED_RESULTS)
         self._uncopied = threading.BoundedSemaphore(_UNCOPIED_RESULTS)
         self._copier: HostCopier | None = None
-        self._load: Callable[[], Target] | None = None
-        self._target: Target | None = None
-        if callable(target):
-            self._load = target
-        else:
-            self._target = target
+        self._load = target if callable(target) else None
+        self._target = None if callable(target) else target
         self._warmed = WarmUp(settings.max_tokens_per_request, deterministic=None)
         self._phase: Phase = "loading"  # until there is a target
         self._not_ready_reason = "the target is loading; repeat later"
@@ -185,11 +179,7 @@ class Service:
     ) -> Result:
         """Wait for what `start` begins, or for what a repeated request began; as `compute`."""
         record = record_of(request)
-        digest = hashlib.blake2b(request.url.path.encode())
-        digest.update(body)
-        identity = Identity(
-            request.headers.get("authorization", ""), record.request_id, digest.digest()
-        )
+        identity = Identity.of(request, record.request_id, body)
         return await self._computations.result(start, identity, request.receive, record.deadline)
 
     async def on_compute_thread(self, work: Callable[[], Result], record: RequestRecord) -> Result:
@@ -200,11 +190,8 @@ class Service:
         """
 
         def compute() -> Result:
-            self.telemetry.bound_by.computing(True)
-            try:
+            with self.telemetry.bound_by.model():
                 return self._attempt(work, record.request_id)
-            finally:
-                self.telemetry.bound_by.computing(False)
 
         return await asyncio.wrap_future(
             self._compute.submit(compute, record.request_id, record.client)
@@ -230,8 +217,8 @@ class Service:
         self._uncopied.acquire()
         try:
             started = time.monotonic()
-            self.telemetry.bound_by.computing(True)
-            result = self._attempt(work, record.request_id)
+            with self.telemetry.bound_by.model():
+                result = self._attempt(work, record.request_id)
             # The checks for finite values wait for the device, so this is its time too.
             record.spent("compute", time.monotonic() - started - result.head_seconds)
             record.spent("head", result.head_seconds)
@@ -239,8 +226,6 @@ class Service:
         except BaseException:
             self._uncopied.release()
             raise
-        finally:
-            self.telemetry.bound_by.computing(False)
         copied.add_done_callback(lambda _: self._uncopied.release())  # also if it is cancelled
         return copied
 
@@ -251,29 +236,11 @@ class Service:
             TargetOutOfMemory: there is not enough for this request.
             NotReady: the device failed for good, now or before.
         """
-        for is_last in (False, True):
-            target = self._target
-            if target is None:
-                raise NotReady(self._not_ready_reason, retry_after_s=1.0)
-            try:
-                return work()
-            except Exception as exc:
-                if is_fatal(exc):
-                    self._break(exc)
-                    raise NotReady(self._not_ready_reason, retry_after_s=1.0) from exc
-                if not is_out_of_memory(exc):
-                    raise
-                logger.warning("request %s: out of memory: %s", request_id, str(exc)[:500])
-            # Not inside `except`, whose traceback keeps the forward's tensors alive.
-            free_memory(target.describe().device)
-            if is_last:
-                break
-        raise TargetOutOfMemory(
-            "there is not enough memory for this request, with everything else freed. Send smaller "
-            "batches, or lower max_tokens_per_request on the server to refuse them earlier"
-        )
+        if (target := self._target) is None:
+            raise NotReady(self._not_ready_reason, retry_after_s=1.0)
+        return attempt(work, target.describe().device, request_id, self._break)
 
-    def _break(self, exc: Exception) -> None:
+    def _break(self, exc: Exception) -> NotReady:
         """Be unready for good: after such an error every result of the device would be wrong."""
         logger.critical("the device failed for good", exc_info=exc)
         self._phase = "broken"
@@ -284,6 +251,7 @@ class Service:
         self._target = None
         if self._on_failure is not None:
             self._on_failure(exc)
+        return NotReady(self._not_ready_reason, retry_after_s=1.0)
 
     def _copy_one(self, result: DeviceTensors, record: RequestRecord) -> HostTensors:
         """Copy on the calling thread."""
@@ -313,9 +281,8 @@ class Service:
 
     def status(self) -> ServerStatus:
         """Return what the server does now."""
-        state, phase = self._not_ready_reason, self._phase
-        if self.is_ready:
-            state, phase = "ready", "ready"
+        state = "ready" if self.is_ready else self._not_ready_reason
+        phase: Phase = "ready" if self.is_ready else self._phase
         return server_status(self, self._settings, state=state, phase=phase)
 
     @property

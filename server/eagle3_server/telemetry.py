@@ -7,7 +7,8 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -62,6 +63,15 @@ class BoundBy:
         with self._lock:
             self._count()
             self._is_computing = is_computing
+
+    @contextmanager
+    def model(self) -> Iterator[None]:
+        """Count the time of the block as the model's."""
+        self.computing(True)
+        try:
+            yield
+        finally:
+            self.computing(False)
 
     def shares(self) -> dict[Bound, float]:
         """Return each one's share of the time; they add up to 1."""
