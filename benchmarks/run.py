@@ -192,7 +192,7 @@ def summarised(rows: list[list[str]], runs: dict[str, dict[str, Any]]) -> list[s
     return [
         f"Our goals: {count} met, {missed} missed, "
         f"{len(rows) - count - missed} not measured. Ratios are medians of interleaved rounds with "
-        f"their range. Took: {took}; each part says when it was measured.",
+        f"their range. {f'Took: {took}. ' if took else ''}Each part says when it was measured.",
         markdown_table(["what", "measured", "target", "verdict"], rows),
     ]
 

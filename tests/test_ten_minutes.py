@@ -85,7 +85,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """SmolLM2, under the name that the README's examples have."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "smollm2-135m-instruct").symlink_to(smollm2_checkpoint(), target_is_directory=True)
-    (folder / "README.md").write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
+    shutil.copy(ROOT / "LICENSE", folder)
     with serving("eagle3-remote serve smollm2-135m-instruct --port 0", folder) as served:
         yield served.urls
 

@@ -11,7 +11,7 @@ import torch
 from tests import training_page as page
 from tests.pages import DOCS
 
-from eagle3_client import FingerprintMismatch, RemoteEagle3Backend
+from eagle3_client import FingerprintMismatch, InvalidRequest, RemoteEagle3Backend
 from eagle3_schemas.packing import restarting_positions
 
 PAGE = DOCS / "training.md"
@@ -40,6 +40,22 @@ def test_one_process(
     assert "bottleneck" in capsys.readouterr().out
 
 
+def test_the_loss(target: Any, documented: list[str]) -> None:
+    """Its gradient at the logits is the definition's: softmax less target, in supervised rows."""
+    (ids, *masks), *_ = page.batches(1)
+    supervision = target.generate_batch(ids, *masks)
+    logits = torch.randn(2, 9, 20, requires_grad=True)
+    names = page.run(documented, {"supervision": supervision, "draft": lambda _: logits})
+    names["loss"].backward()
+    rows = supervision.position_mask[..., 0]
+    assert rows.any()
+    assert not rows.all()
+    expected = (logits.softmax(-1) - supervision.target_probs).detach() / rows.sum()
+    expected[~rows] = 0
+    # Rounding of two ways to the same number.
+    torch.testing.assert_close(logits.grad, expected, atol=1e-7, rtol=1e-4)
+
+
 def test_resume(
     names: dict[str, Any],
     documented: list[str],
@@ -47,14 +63,25 @@ def test_resume(
     build_model: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    saved: dict[str, Any] = {"step": 4}
-    names |= {"load_checkpoint": lambda: saved, "save_checkpoint": saved.update}
+    """A run that broke after four steps goes on with the fifth, on its own target and mapping."""
+    saves: list[dict[str, Any]] = []
+    names |= {
+        "save_every": 4,
+        "load_checkpoint": lambda: saves[-1] if saves else None,
+        "save_checkpoint": lambda state: saves.append(dict(state)),
+    }
     page.run(documented, names)
-    assert len(names["steps"]) == 3
-    assert saved["step"] == 7
-    assert len(saved["target"]) == 32
-    saved["step"] = 0
-    page.run(documented, names)  # the same target
+    assert len(names["steps"]) == 7
+    assert [each["step"] for each in saves] == [4]
+    page.run(documented, names)
+    assert len(names["steps"]) == 7 + 3
+    first = names["steps"][4].aux_hidden_states
+    assert torch.equal(names["steps"][7].aux_hidden_states, first)
+
+    saves[-1]["draft_vocab"] = names["selected_token_ids"].flip(0), names["selected_token_mask"]
+    with pytest.raises(InvalidRequest, match="other tokens"):
+        page.run(documented, names)
+    saves[-1]["draft_vocab"] = names["selected_token_ids"], names["selected_token_mask"]
     monkeypatch.setenv("EAGLE3_URLS", live_server(build_model("llama", seed=1)))
     with pytest.raises(FingerprintMismatch, match="run began with"):
         page.run(documented, names)

@@ -137,7 +137,8 @@ def serve(
     except ImportError as exc:
         typer.secho(
             f"`serve` needs the server's packages ({exc.name or exc} is missing). Install them "
-            'with\n  pip install "eagle3-remote[server]"',
+            'with\n  pip install "eagle3-remote[server]"\nor, from a clone\n'
+            '  pip install ".[server]"',
             err=True,
         )
         raise typer.Exit(2) from exc

@@ -42,6 +42,8 @@ class Owner:
         self.told.set()
 
 
+# Before torch 2.8 these are RuntimeErrors of the same words.
+ACCELERATOR_ERROR: type[Exception] = getattr(torch, "AcceleratorError", RuntimeError)
 OUT_OF_MEMORY: dict[str, Callable[[], BaseException]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     "python": MemoryError,
@@ -49,7 +51,7 @@ OUT_OF_MEMORY: dict[str, Callable[[], BaseException]] = {
         "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory:"
         " you tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)"
     ),
-    "driver": lambda: torch.AcceleratorError("CUDA error: out of memory"),
+    "driver": lambda: ACCELERATOR_ERROR("CUDA error: out of memory"),
     "cublas": lambda: RuntimeError(
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     ),
@@ -57,7 +59,7 @@ OUT_OF_MEMORY: dict[str, Callable[[], BaseException]] = {
 }
 LOST: dict[str, Callable[[], BaseException]] = {
     "assert": lambda: RuntimeError("CUDA error: device-side assert triggered"),
-    "access": lambda: torch.AcceleratorError("CUDA error: an illegal memory access was found"),
+    "access": lambda: ACCELERATOR_ERROR("CUDA error: an illegal memory access was found"),
     "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling gemm"),
 }
 
