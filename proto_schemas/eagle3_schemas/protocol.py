@@ -46,6 +46,5 @@ SERVER_TIMING_HEADER: Final = "server-timing"
 """Milliseconds the server spent on a supervision request before its answer began, by stage and in
 `total` since the request's head came; in the form of W3C Server Timing."""
 
-MAX_REQUEST_ID_LENGTH: Final = 64
 REQUEST_ID_PATTERN: Final = r"^[A-Za-z0-9._-]{1,64}$"
 """What a request id may look like: safe in a log line and in a header."""
