@@ -85,12 +85,18 @@ class BenchPlan:
         """Return a few `input_ids`, `attention_mask`, `loss_mask`, [B, T]; no position is padding.
 
         Raises:
-            InvalidRequest: the text's ids are not the target's.
+            InvalidRequest: the text's ids are not the target's, or a batch is more than the server
+                takes, and perhaps more than fits here.
         """
         limits, length = info.limits, self.sequence_length
         if length is None:
             fitting = limits.max_tokens_per_request // self.batch_size
             length = min(_SEQUENCE_LENGTH, limits.max_sequence_length or fitting, fitting)
+        if self.batch_size * max(length, 2) > limits.max_tokens_per_request:
+            raise InvalidRequest(
+                f"a batch of {self.batch_size} x {max(length, 2)} tokens is more than the server "
+                f"takes; name at most {limits.max_tokens_per_request} (max_tokens_per_request)"
+            )
         bound = min(info.vocab_size, info.input_vocab_size)
         shape = _BATCHES, self.batch_size, max(length, 2)
         if self.token_ids is None:

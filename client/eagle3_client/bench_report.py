@@ -144,6 +144,9 @@ class BenchReport:
             more = "; no deeper prefetch was measured"
         elif share < FULL_SHARE:
             more = f"; nothing is full, so try --prefetch {2 * cell.prefetch}"
+        elif found.bounded_by == "link":
+            # Busy is not full here: round trips and TCP windows are each connection's own.
+            more = f"; requests may overlap there, so try --prefetch {2 * cell.prefetch}"
         else:
             more = ", so more prefetch gains nothing"
         words = (

@@ -32,6 +32,7 @@ _DRAFT_VOCAB_SIZE = 4096
 _OFFSETS = (-2, -1, 0, 1, 2)
 _NATS = 1.0  # what a right answer has to be better by
 _SAME_TOP = 0.99  # of the positions
+_SHIFTED_TOP = 0.9  # the same, of rows shifted back: those at the ends are lost
 _SAME_REPLICA = 0.02  # mean KL, nats: other kernels and devices stay far below
 
 
@@ -170,18 +171,31 @@ def _mapping(served: Served) -> Check:
             "shifted: restart it, and report this",
         )
     where = in_vocab.nonzero(as_tuple=True)
-    rows = served.target_probs[where]
-    of_argmax = rows.gather(-1, _places(served)[served.argmax[where]][:, None])[:, 0]
-    is_top = of_argmax >= 0.98 * rows.amax(-1)  # in bfloat16 the two largest are often equal
-    share = float(is_top.float().mean()) if len(rows) else 1.0
-    values = {"same_top": share, "positions": len(rows)}
+    columns = _places(served)[served.argmax[where]][:, None]
+
+    def share_of_top(by: int) -> float:
+        rows = served.target_probs.roll(by, dims=1)[where]
+        of_argmax = rows.gather(-1, columns)[:, 0]
+        is_top = of_argmax >= 0.98 * rows.amax(-1)  # in bfloat16 the two largest are often equal
+        return float(is_top.float().mean()) if len(rows) else 1.0
+
+    share = share_of_top(0)
+    values = {"same_top": share, "positions": len(columns)}
     if share >= _SAME_TOP:
         return Check(
             "ok", f"draft-vocab ids are numbered as registered ({share:.1%})", None, values
         )
+    for by in (-1, 1):
+        if share_of_top(by) >= _SHIFTED_TOP:
+            return Check(
+                "failed",
+                f"the distributions' rows are shifted by {by:+d} against the target's argmax",
+                "supervision would be wrong at every position: do not train on it, and report this",
+                values,
+            )
     return Check(
         "failed",
-        f"the distributions' top id is the target's argmax at {share:.1%} of {len(rows)} rows: "
+        f"the distributions' top id is the target's argmax at {share:.1%} of {len(columns)} rows: "
         "their columns are another order of the draft vocab than was registered (a permuted "
         "mapping)",
         "compare the order of selected_token_ids on both sides; a sort on the way does this",

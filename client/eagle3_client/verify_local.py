@@ -13,6 +13,9 @@ from eagle3_schemas import shift_left_with_zero
 from eagle3_schemas.errors import InvalidRequest
 
 _SAME_STATES = 0.05  # relative (Frobenius): bfloat16 on another device stays below
+# Neighbours may be as near as that: a massive activation outweighs what each layer adds. Rounding
+# then still leaves the right one nearest.
+_CLEARLY_NEARER = 0.5
 _SAME_DISTRIBUTION = 0.02  # mean KL, nats
 _SAME_MASK = 0.97  # near-equal logits may turn in bfloat16
 
@@ -101,7 +104,8 @@ class LocalTarget:
             errors = [float((states - o.float()).norm() / o.float().norm()) for o in outputs]
             best = min(range(len(errors)), key=errors.__getitem__)
             worst = max(worst, errors[layer])
-            if errors[layer] <= _SAME_STATES:
+            is_nearest = errors[best] >= _CLEARLY_NEARER * errors[layer]  # both may be 0
+            if errors[layer] <= _SAME_STATES and is_nearest:
                 continue
             wrong.append(
                 f"layer {layer}'s is layer {best}'s output (off by {best - layer:+d})"

@@ -22,6 +22,7 @@ from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 from eagle3_server.device_errors import is_fatal, is_out_of_memory
 from eagle3_server.forward import forward_with_aux
 from eagle3_server.head import probe_batch
+from eagle3_server.layout import decoder_layers
 from eagle3_server.sharding import whole
 
 _COLUMNS = 16
@@ -82,6 +83,13 @@ def compare_capture(model: nn.Module, num_layers: int) -> CaptureFinding:
     own: list[Any] = []
     calls: deque[_Call] = deque(maxlen=_LAST_CALLS)
     names = {module: name for name, module in model.named_modules()}
+    at_once: dict[int, torch.Tensor] = {}
+
+    def copy_of(layer_id: int) -> Any:
+        def copy(_module: nn.Module, _args: object, output: Any) -> None:
+            at_once[layer_id] = whole(output[0] if isinstance(output, tuple) else output).clone()
+
+        return copy
 
     def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "output_hidden_states": True}
@@ -99,6 +107,8 @@ def compare_capture(model: nn.Module, num_layers: int) -> CaptureFinding:
         for module in names:
             if not [*module.children()]:
                 module.register_forward_hook(note)
+        for i, layer in enumerate(decoder_layers(model)):
+            layer.register_forward_hook(copy_of(i))
         try:
             result = forward_with_aux(model, input_ids, attention_mask, range(num_layers))
         except RemoteEagle3Error:
@@ -107,7 +117,13 @@ def compare_capture(model: nn.Module, num_layers: int) -> CaptureFinding:
             if own or is_fatal(exc) or is_out_of_memory(exc):
                 raise  # its forward ended well, or would fail without output_hidden_states too
             return _unknown(f"its forward fails with output_hidden_states: {exc!r:.200}")
-    return _judge(result.aux_states, own[-1], list(calls))
+    found = _judge(result.aux_states, own[-1], list(calls))
+    if found.status == "verified":  # transformers' list, too, has the tensors and not copies
+        for i, states in enumerate(result.aux_states):
+            if not same_bits(states, at_once[i]):
+                words = f"layer {i}'s output is changed in place by what follows it"
+                return CaptureFinding("wrong", words, relative_difference(states, at_once[i]))
+    return found
 
 
 @dataclass(frozen=True)

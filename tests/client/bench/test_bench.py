@@ -197,7 +197,20 @@ def test_what_exact_forbids_is_said(clock: Clock, bridge: Any) -> None:
     assert not report.has_passed  # nothing was measured
 
 
-def test_a_refusal_fails_its_cells_in_the_servers_words(run: Any) -> None:
+def test_a_refusal_fails_its_cells_in_the_servers_words(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another server of the fleet takes less than the first one said."""
+    from eagle3_client.dispatch import Dispatcher
+
+    info = Dispatcher.model_info
+
+    def told(self: Dispatcher) -> Any:
+        found = info(self)
+        limits = found.limits.model_copy(update={"max_tokens_per_request": 10**6})
+        return found.model_copy(update={"limits": limits})
+
+    monkeypatch.setattr(Dispatcher, "model_info", told)
     report, _ = run(replace(PLAN, batch_size=4000))
     assert not report.has_passed
     assert {cell.trouble.status for cell in report.cells} == {"failed"}
@@ -298,6 +311,7 @@ def test_ids_are_distinct_in_no_order_and_a_text_is_repeated(bridge: Any, connec
     ("changes", "words"),
     [
         ({"draft_vocab_size": 500}, "name at most 131"),
+        ({"batch_size": 10**12}, "1000000000000 x 9 tokens is more than the server takes; name at"),
         ({"token_ids": torch.tensor([131])}, "ids up to 131 of the text"),
     ],
 )
@@ -340,5 +354,9 @@ def test_of_a_pipeline_that_is_not_full_a_deeper_prefetch_is_recommended() -> No
     report = BenchReport(settings_of(), PLAN)
     report.cells.append(Cell("probs", 1, None, [pipeline(1, compute=0.06, link=0.05)]))
     assert "nothing is full, so try --prefetch 2" in report.recommendation()
+    report.cells[0].visits[:] = [pipeline(1, compute=0.001, link=0.5)]
+    assert "the link (9" in report.recommendation()
+    assert "requests may overlap there, so try --prefetch 2" in report.recommendation()
+    report.cells[0].visits[:] = [pipeline(1, compute=0.06, link=0.05)]
     report.cells[0].visits.append(pipeline(1, compute=0.01, link=0.05))
     assert "but its rounds differ by 4" in report.recommendation()

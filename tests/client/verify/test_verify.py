@@ -65,12 +65,13 @@ class Planted(TransformersTarget):
             ids = job.draft_vocab.selected_token_ids
             job = replace(job, draft_vocab=DraftVocab.from_ids(ids.sort().values))
         result = super().supervise(job)
-        if self.error.startswith("shift"):
-            by = int(self.error.removeprefix("shift"))
+        if self.error.startswith(("shift", "rows")):
+            by = int(self.error.removeprefix("shift").removeprefix("rows"))
             shape = job.input_ids.shape
             probs = result.tensors["target_probs"]
             rows = probs.view(shape[0], shape[1] - 1, -1)
             result.tensors["target_probs"] = rows.roll(-by, dims=1).reshape(probs.shape)
+        if self.error.startswith("shift"):
             mask = unpack_bits(result.tensors["position_mask"], shape)
             mask[:, :-1] = mask[:, :-1].roll(-by, dims=1)
             result.tensors["position_mask"] = pack_bits(mask)
@@ -136,6 +137,27 @@ def test_layers_that_are_one_off_are_named_by_a_copy(run: Any, by: int) -> None:
     for layer in LAYERS:
         words = f"layer {layer}'s is layer {layer + by}'s output (off by {by:+d})"
         assert words in failed(report)["aux_layers"]
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_layers_that_hardly_differ_are_told_from_each_other(run: Any, model: Any, by: int) -> None:
+    """As in deep models, whose massive activations outweigh what a layer adds."""
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    (right,) = run("", local=True)
+    assert right.checks["aux_layers"].status == "ok"
+    (wrong,) = run(f"layers{by}", local=True)
+    assert f"layer 3's is layer {3 + by}'s output (off by {by:+d})" in failed(wrong)["aux_layers"]
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_rows_that_are_shifted_alone_are_no_permuted_mapping(run: Any, by: int) -> None:
+    (report,) = run(f"rows{by}")
+    assert failed(report).keys() == {"mapping", "text"}
+    for words in failed(report).values():
+        assert f"shifted by {by:+d}" in words
 
 
 @pytest.mark.parametrize("by", [1, -1])

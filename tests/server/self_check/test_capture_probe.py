@@ -106,6 +106,18 @@ def test_a_server_that_would_serve_other_layers_never_gets_ready(
     assert [type(each) for each in failures] == [CaptureMismatch]
 
 
+def test_layers_that_change_their_input_in_place_are_refused(llama: Any) -> None:
+    """All captures would be of the last layer then, and so would be transformers' own list."""
+
+    def add_in_place(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> Any:
+        return args[0].copy_(output)
+
+    for layer in llama.model.layers:
+        layer.register_forward_hook(add_in_place)
+    with pytest.raises(CaptureMismatch, match="layer 0's output is changed in place by what"):
+        TransformersTarget(llama, model_id="tiny")
+
+
 def test_a_model_that_does_not_repeat_itself_is_verified_all_the_same(llama: nn.Module) -> None:
     """Both sides are of one forward."""
     add_noise(llama, 1.0)
