@@ -10,7 +10,7 @@ import httpx
 from eagle3_client.config import ClientSettings
 from eagle3_client.failures import is_refused
 from eagle3_client.preflight_report import Check
-from eagle3_client.sameness import name_of
+from eagle3_client.sameness import LAYERS_REMEDY, name_of
 from eagle3_schemas import ModelInfo, tokenizer_digest, validate_aux_layer_ids
 from eagle3_schemas.errors import (
     FingerprintMismatch,
@@ -58,6 +58,8 @@ def failed(error: RemoteEagle3Error, **values: Any) -> Check:
         remedy = "wait until it is ready; if it never is, its log says why"
     elif isinstance(error, ProtocolMismatch):
         remedy = "correct the URL, or install one version of eagle3-remote on both sides"
+    elif isinstance(error, FingerprintMismatch) and words.endswith(LAYERS_REMEDY):
+        words, remedy = words.removesuffix(f"; {LAYERS_REMEDY}"), LAYERS_REMEDY
     elif isinstance(error, FingerprintMismatch):
         remedy = "serve one model, of one name, revision and dtype, on all servers"
     elif isinstance(error, TargetFailed):
