@@ -211,7 +211,8 @@ class Fleet:
             raise FingerprintMismatch(
                 f"expected the target {expected}; got {info.fingerprint} ({name_of(info)}, "
                 f"{info.dtype}). Name, revision, weights, config, dtype, quantization or tokenizer "
-                "differ. Serve the target this run began with, or start a new run",
+                "differ; the name is the checkpoint directory's, unless --model-name keeps it. "
+                "Serve the target this run began with, or start a new run",
                 url=url,
             )
 

@@ -81,7 +81,8 @@ def fingerprint_check(info: ModelInfo, settings: ClientSettings) -> Check:
         return Check("ok", words, None, values)
     return Check(
         "failed", f"expected {expected}; the server has {words}",
-        "serve the target that the run began with, or begin a new run", values,
+        "serve the target that the run began with, under its name (--model-name), or begin a new "
+        "run", values,
     )  # fmt: skip
 
 
