@@ -168,13 +168,17 @@ def check(
         typer.Option(help="Directory or hub id; compared with the served checkpoint's."),
     ] = None,
     aux_layer_ids: Annotated[
-        str | None, typer.Option(help="Layer outputs that the draft expects, as 1,14,26.")
+        str | None,
+        typer.Option(
+            help="Layer outputs, as the trainer will pass them to the client: 1,14,26 [the "
+            "server's default]."
+        ),
     ] = None,
     draft_config: Annotated[
         Path | None,
         typer.Option(
-            help="The draft's config.json instead: its eagle_aux_hidden_state_layer_ids are layer "
-            "inputs, ours + 1."
+            help="The draft's config.json; its eagle_aux_hidden_state_layer_ids, layer inputs "
+            "(ours + 1), must name those layers."
         ),
     ] = None,
     device: Annotated[

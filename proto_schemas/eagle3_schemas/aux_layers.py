@@ -33,6 +33,12 @@ def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
     return ids
 
 
+def example_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
+    """Return three layers as far apart as three are, for a message to name; fewer where L < 3."""
+    step = max((num_hidden_layers - 1) // 2, 1)
+    return tuple(range(0, num_hidden_layers, step))[:NUM_AUX_LAYERS]
+
+
 def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
     """Return the ids as a tuple if they are three distinct decoder layers.
 

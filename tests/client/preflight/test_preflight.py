@@ -185,7 +185,7 @@ def test_a_checkpoint_without_a_tokenizer_is_no_failure(bridge: Any, connect: An
         ((3, 2, 1), None, "another order"),
         ((1, 2, 7), None, r"in [0, 7)"),
         ((1, 2), None, "3 distinct ids"),
-        ((1, 2, 3), (4, 5, 6), "aux_layer_ids of the client gives 4, 5, 6"),
+        ((1, 2, 3), (4, 5, 6), "as passed they are 4, 5, 6"),
         (None, (1, 2, 9), r"in [0, 7)"),
     ],
 )
