@@ -149,7 +149,8 @@ def serve(
             name = ".".join(map(str, error["loc"]))
             got = "a secret" if name == "token" else repr(error["input"])
             variable = f"EAGLE3_{name.upper()}"
-            typer.secho(f"setting {name} ({variable}): {error['msg']}; got {got}", err=True)
+            words = error["msg"].removeprefix("Value error, ")
+            typer.secho(f"setting {name} ({variable}): {words}; got {got}", err=True)
         raise typer.Exit(2) from exc
     except RemoteEagle3Error as exc:
         typer.secho(str(exc), err=True)

@@ -12,7 +12,7 @@ from eagle3_client.failures import is_refused
 from eagle3_client.preflight_report import Check
 from eagle3_client.sameness import LAYERS_REMEDY, name_of
 from eagle3_schemas import ModelInfo, tokenizer_digest, validate_aux_layer_ids
-from eagle3_schemas.aux_layers import example_aux_layer_ids
+from eagle3_schemas.aux_layers import NUM_AUX_LAYERS, example_aux_layer_ids
 from eagle3_schemas.errors import (
     FingerprintMismatch,
     InvalidRequest,
@@ -117,6 +117,9 @@ def aux_check(info: ModelInfo, expect: Expectation) -> Check:
     used, count = default if passed is None else passed, info.num_hidden_layers
     values = {"aux_layer_ids": used and list(used), "expected": expected and list(expected)}
     example = _listed(example_aux_layer_ids(count))
+    if count < NUM_AUX_LAYERS:
+        words = f"{count} decoder layers are too few for supervision, which takes three"
+        return Check("failed", words, "serve a target of three layers or more", values)
     if used is None:
         remedy = _to_pass(example) + f" here; or serve with --aux-layer-ids {example}"
         if expected is not None:

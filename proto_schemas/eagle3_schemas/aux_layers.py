@@ -13,6 +13,9 @@ AUX_LAYER_CONVENTION: Final = "layer_output"
 
 NUM_AUX_LAYERS: Final = 3
 
+FEWEST_LAYERS: Final = 7
+"""Decoder layers from which on the default rule gives three distinct ids."""
+
 
 def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
     """Return `[1, L//2 - 1, L - 4]`, the EAGLE-3 default (as SpecForge and NeMo AutoModel have it).

@@ -18,6 +18,7 @@ import torch
 import transformers
 import uvicorn
 
+from eagle3_schemas.aux_layers import FEWEST_LAYERS, NUM_AUX_LAYERS, example_aux_layer_ids
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.allocator import give_back_freed_memory, keep_freed_memory
 from eagle3_server.app import create_app
@@ -78,6 +79,7 @@ def serve(settings: ServerSettings) -> int:
         give_back_freed_memory()
         fingerprint = target.describe().fingerprint
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
+        _warn_of_shallow(target.describe())
         logger.info("warming up")
         return target
 
@@ -238,6 +240,19 @@ class _Server(uvicorn.Server):
             # What it would say of the tasks it interrupts is no news.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.was_terminated = True
+
+
+def _warn_of_shallow(target: TargetDescription) -> None:
+    """Say that requests must name layers, where the target has none by default."""
+    count = target.num_hidden_layers
+    if count < NUM_AUX_LAYERS:
+        logger.warning("%d layers are too few for supervision, which takes three", count)
+    elif target.aux_layer_ids is None:
+        logger.warning(
+            "%d layers are too few for the default aux layers (%d are needed): trainers must name "
+            "three; or serve with --aux-layer-ids %s",
+            count, FEWEST_LAYERS, ",".join(map(str, example_aux_layer_ids(count))),
+        )  # fmt: skip
 
 
 def _summary(target: TargetDescription, seconds: float) -> str:

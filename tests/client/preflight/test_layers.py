@@ -69,6 +69,11 @@ def test_layers_that_will_do(check: Any, arguments: Any, words: str) -> None:
             "pass aux_layer_ids=[3,1,5] to the client, and --aux-layer-ids 3,1,5 here",
         ),
         (
+            (None, None, None, 2),
+            "2 decoder layers are too few for supervision, which takes three",
+            "serve a target of three layers or more",
+        ),
+        (
             ((0, 2),),
             "aux_layer_ids must be 3 distinct ids in [0, 7) (id i is the output of decoder layer "
             "i); got [0, 2]",
