@@ -241,7 +241,9 @@ def test_what_cannot_be_loaded_ends_the_process_with_the_reason(
             finally:
                 process.kill()
         assert process.returncode == 1, said
-        assert words in said
+        last = said.splitlines()[-1]
+        assert " ERROR loading failed: " in last, said
+        assert words in last
         assert "trainers use" not in said
 
 

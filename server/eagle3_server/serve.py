@@ -75,7 +75,11 @@ def serve(settings: ServerSettings) -> int:
     def load() -> Target:
         nonlocal fingerprint
         started = time.monotonic()
-        target = _load(settings)
+        try:
+            target = _load(settings)
+        except BaseException:
+            _end_quietly()  # now: the reason may be logged before uvicorn has said that it started
+            raise
         give_back_freed_memory()
         fingerprint = target.describe().fingerprint
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
@@ -88,6 +92,7 @@ def serve(settings: ServerSettings) -> int:
         tell_parent(urls[0], fingerprint)
 
     def stop(error: BaseException) -> None:
+        _end_quietly()
         failures.append(error)
         server.should_exit = True
 
@@ -131,13 +136,19 @@ def serve(settings: ServerSettings) -> int:
         if app.state.service.is_working:
             # It loads or computes and cannot be interrupted, and torch aborts an interpreter that
             # exits under it.
-            logger.info("stopped without waiting for the model")
+            if not failures:
+                logger.info("stopped without waiting for the model")
             logging.shutdown()
             os._exit(0 if server.was_terminated and not failures else 1)
     code = 1 if failures or not server.started else 0
     if settings.ranks > 1:
         _end(code)
     return code
+
+
+def _end_quietly() -> None:
+    """Keep uvicorn from telling how it stops: the log's last line is then why."""
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 def _end(code: int) -> NoReturn:
