@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,9 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
     )
     token = os.environ.get("EAGLE3_TOKEN")
-    with RemoteEagle3Backend(arguments.urls, device=arguments.device, token=token) as backend:
+    with RemoteEagle3Backend(
+        arguments.urls,
+        device=arguments.device,
+        token=token,
+        aux_layer_ids=arguments.aux_layer_ids,
+    ) as backend:
         backend.wait_until_ready(arguments.timeout_s)
         info = backend.model_info()
+        # Ids of another tokenizer would train a draft all the same, of nothing.
+        report = backend.preflight(tokenizer)
+        if not report.has_passed:
+            print(report)
+            sys.exit(1)
         selected_token_ids, selected_token_mask = build_draft_vocab(
             count_token_ids(every_token(documents), info.vocab_size),
             min(arguments.draft_vocab_size, info.vocab_size),
@@ -113,6 +124,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequence-length", type=int, default=512, help="tokens per sequence")
     add("--prompt-tokens", type=int, default=0, help="leading tokens without supervision")
     add("--draft-vocab-size", type=int, default=32000)
+    add(
+        "--aux-layer-ids",
+        type=lambda text: tuple(map(int, text.split(","))),
+        help="three layers, outputs, as 0,2,4; the server's default if not given",
+    )
     add("--ttt-steps", type=int, default=3, help="tokens drafted in a row while training")
     add("--learning-rate", type=float, default=1e-3)
     add("--seed", type=int, default=0)

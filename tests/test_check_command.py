@@ -70,7 +70,7 @@ def test_what_passes_ends_with_0_and_lines_that_fit(url: str) -> None:
         line[11:25].strip().replace(" ", "_") for line in lines if line[:2] == "  " != line[1:3]
     ]
     assert shown == list(SERVER_CHECKS)
-    assert "1, 2, 3 (layer outputs), as the draft expects" in result.stdout
+    assert "1, 2, 3 (layer outputs), as passed\n" in result.stdout
     assert "\x1b" not in result.stdout  # plain where no terminal is
     assert TOKEN not in result.output
 
@@ -158,6 +158,25 @@ def test_a_draft_config_names_layer_inputs(url: str, draft_config: Any, nested: 
         assert result.exit_code == code, result.output
 
 
+def test_layers_that_the_trainer_will_pass_are_asked_for_and_compared(
+    url: str, draft_config: Any
+) -> None:
+    path = draft_config({"eagle_aux_hidden_state_layer_ids": [1, 3, 5]})
+    result = check(url, "--aux-layer-ids", "0,2,4")
+    assert result.exit_code == 0, result.output
+    assert (
+        "0, 2, 4 (layer outputs), as passed; not the server's default 1, 2, 3: pass "
+        "aux_layer_ids=[0,2,4] to the client"
+    ) in " ".join(result.stdout.split())
+    assert check(url, "--aux-layer-ids", "0,2,4", "--draft-config", path).exit_code == 0
+    for arguments in ((), ("--aux-layer-ids", "1,2,3")):
+        result = check(url, *arguments, "--draft-config", path)
+        assert result.exit_code == 1, result.output
+        assert "-> pass aux_layer_ids=[0,2,4] to the client, and --aux-layer-ids 0,2,4 here" in (
+            " ".join(result.stdout.split())
+        )
+
+
 def test_a_draft_of_another_target_or_too_large_a_vocab_is_told(
     url: str, draft_config: Any, connect: Any
 ) -> None:
@@ -195,15 +214,13 @@ def test_without_transformers_it_says_how_to_get_a_tokenizer(
     assert 'pip install "transformers' in result.stderr
 
 
-def test_bad_usage_ends_with_2_and_says_what_would_do(draft_config: Any, tmp_path: Path) -> None:
+def test_bad_usage_ends_with_2_and_says_what_would_do(tmp_path: Path) -> None:
     url = "http://127.0.0.1:9"
-    config = draft_config({"eagle_aux_hidden_state_layer_ids": [2, 3, 4]})
     for arguments, words in (
         ([], "EAGLE3_URLS"),
         (["127.0.0.1:9"], "http://host:port"),
         ([url, url], "named once"),
         ([url, "--aux-layer-ids", "one"], "as 1,14,26"),
-        ([url, "--aux-layer-ids", "1,2,3", "--draft-config", config], "not both"),
         ([url, "--draft-config", tmp_path / "absent.json"], "cannot be read"),
         ([url, "--device", "gpu"], "--device"),
         ([url, "--encoding", "topk"], "encoding must be"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.servers import save_tiny_llama
 from typer.testing import CliRunner
 
 from eagle3_client import Unauthorized
@@ -147,6 +148,12 @@ def test_version_and_help_are_answered(arguments: list[str], words: str) -> None
     assert words in result.stdout
 
 
+LAYERS = (
+    "setting aux_layer_ids (EAGLE3_AUX_LAYER_IDS): aux_layer_ids must be 3 distinct layers, as "
+    "1,14,26"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "words"),
     [
@@ -157,7 +164,10 @@ def test_version_and_help_are_answered(arguments: list[str], words: str) -> None
         (["--host", "::"], {"EAGLE3_TOKN": "x"}, "nearest: EAGLE3_TOKEN)"),
         (["--port", "70000"], {}, "setting port"),
         (["--dtype", "int8"], {}, "setting dtype"),
-        (["--aux-layer-ids", "one,two"], {}, "setting aux_layer_ids"),
+        (["--aux-layer-ids", "one,two,3"], {}, f"{LAYERS}; got 'one,two,3'"),
+        (["--aux-layer-ids", "0,2"], {}, f"{LAYERS}; got '0,2'"),
+        ([], {"EAGLE3_AUX_LAYER_IDS": "0,2,2"}, f"{LAYERS}; got '0,2,2'"),
+        (["--aux-layer-ids", "-1,2,3"], {}, f"{LAYERS}; got '-1,2,3'"),
     ],
     ids=[
         "unknown-variable",
@@ -167,7 +177,10 @@ def test_version_and_help_are_answered(arguments: list[str], words: str) -> None
         "wide-bind-misspelt-token",
         "port",
         "dtype",
-        "layers",
+        "layers-by-name",
+        "two-layers",
+        "a-layer-twice",
+        "a-layer-from-the-end",
     ],
 )
 def test_settings_that_must_not_be_served_are_refused_in_words(
@@ -200,6 +213,18 @@ def test_a_wide_bind_asks_for_the_token_before_the_model() -> None:
     assert "no token is set" in result.stderr
 
 
+def test_a_target_too_shallow_for_default_layers_says_who_must_name_some(
+    serving: Callable[..., Server], tmp_path: Path
+) -> None:
+    shallow = save_tiny_llama(tmp_path / "shallow", num_hidden_layers=6)
+    said = serving(shallow, "--port", 0).said
+    (line,) = (line for line in said.splitlines() if " WARNING " in line)
+    assert line.endswith(
+        " WARNING 6 layers are too few for the default aux layers (7 are needed): trainers must "
+        "name three; or serve with --aux-layer-ids 0,2,4"
+    )
+
+
 def test_what_cannot_be_loaded_ends_the_process_with_the_reason(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -216,7 +241,9 @@ def test_what_cannot_be_loaded_ends_the_process_with_the_reason(
             finally:
                 process.kill()
         assert process.returncode == 1, said
-        assert words in said
+        last = said.splitlines()[-1]
+        assert " ERROR loading failed: " in last, said
+        assert words in last
         assert "trainers use" not in said
 
 

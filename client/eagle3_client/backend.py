@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import httpx
@@ -55,6 +55,8 @@ class RemoteEagle3Backend(TargetCalls, CaptureCalls, Eagle3TargetBackend):
         retry_for_s: seconds after which a request that keeps failing raises.
         max_retries: also a limit on the number of repeats; None for none.
         expect_fingerprint: the only target accepted, as `fingerprint` gave it when a run began.
+        expect_draft_config: what `draft_config()` returned when it began, of the draft that it goes
+            on with; implies `expect_fingerprint` and `aux_layer_ids`, and the draft vocab's digest.
         max_in_flight: requests sent at once; None is two a server, more for a deeper `prefetch`.
         cache_dir: folder that keeps the downloaded embeddings and draft heads by the target's
             fingerprint, for trainers of many ranks on a host, which then download them once, or
@@ -81,6 +83,7 @@ class RemoteEagle3Backend(TargetCalls, CaptureCalls, Eagle3TargetBackend):
         retry_for_s: float = DEFAULT_RETRY_FOR_S,
         max_retries: int | None = None,
         expect_fingerprint: str | None = None,
+        expect_draft_config: Mapping[str, Any] | None = None,
         max_in_flight: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         transport: httpx.BaseTransport | None = None,
@@ -99,6 +102,7 @@ class RemoteEagle3Backend(TargetCalls, CaptureCalls, Eagle3TargetBackend):
             retry_for_s=retry_for_s,
             max_retries=max_retries,
             expect_fingerprint=expect_fingerprint,
+            expect_draft_config=expect_draft_config,
             max_in_flight=max_in_flight,
             cache_dir=cache_dir,
         )
@@ -185,12 +189,15 @@ class RemoteEagle3Backend(TargetCalls, CaptureCalls, Eagle3TargetBackend):
             selected_token_mask: [V], true for exactly those ids; on any device.
 
         Raises:
-            InvalidRequest: repeated ids, ids outside [0, V), or a mask that marks another set.
+            InvalidRequest: repeated ids, ids outside [0, V), a mask that marks another set, or
+                another draft vocab than that of `expect_draft_config`.
         """
         self._dispatcher.check_usable()
         check_is_dense("selected_token_ids", selected_token_ids)
         check_is_dense("selected_token_mask", selected_token_mask)
         vocab = DraftVocab.from_ids(selected_token_ids, selected_token_mask)
+        if (draft := self._settings.expected_draft) is not None:
+            draft.check_vocab(vocab)
         self._dispatcher.register(vocab, selected_token_mask.numel())
         self._draft_vocab = vocab
 

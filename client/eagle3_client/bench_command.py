@@ -18,6 +18,7 @@ from eagle3_client.check_command import (
     named_servers,
     printable,
     read_text,
+    split_ids,
     terminal_width,
 )
 from eagle3_client.config import ClientSettings, check_device
@@ -60,6 +61,13 @@ def bench(
     device: Annotated[
         str, typer.Option(help="Of the trainer, here: where batches are rebuilt.")
     ] = "cpu",
+    aux_layer_ids: Annotated[
+        str | None,
+        typer.Option(
+            help="Layer outputs, as the trainer will pass them to the client: 1,14,26 [the "
+            "server's default]."
+        ),
+    ] = None,
     aux_dtype: Annotated[str, typer.Option(help="model, or float8_e4m3 (lossy).")] = "model",
     exact: Annotated[
         bool, typer.Option("--exact", help="Bit-for-bit equality with a co-located target.")
@@ -77,7 +85,7 @@ def bench(
     be measured; 2: an option that cannot work; 130: interrupted. The servers are kept busy.
     """
     try:
-        settings = _settings(urls or [], device, aux_dtype, exact, time_limit_s)
+        settings = _settings(urls or [], device, aux_layer_ids, aux_dtype, exact, time_limit_s)
         plan = BenchPlan(
             encodings=None if encodings is None else _encodings(encodings),
             depths=_depths(prefetch),
@@ -107,7 +115,12 @@ def bench(
 
 
 def _settings(
-    urls: list[str], device: str, aux_dtype: Any, exact: bool, time_limit_s: float
+    urls: list[str],
+    device: str,
+    aux_layer_ids: str | None,
+    aux_dtype: Any,
+    exact: bool,
+    time_limit_s: float,
 ) -> ClientSettings:
     torch_device = device_named(device)
     check_device(torch_device)
@@ -115,6 +128,7 @@ def _settings(
         urls=named_servers(urls),
         device=torch_device,
         token=os.environ.get("EAGLE3_TOKEN") or None,
+        aux_layer_ids=None if aux_layer_ids is None else split_ids(aux_layer_ids),
         aux_dtype=aux_dtype,
         exact=exact,
         rows="loss_mask",

@@ -121,10 +121,14 @@ class BenchReport:
 
     @property
     def recommended(self) -> tuple[Cell, Figures] | None:
-        """The cell to use: the least prefetch, then the fewest bytes, within 3 % of the fastest."""
+        """The cell to use: the least prefetch, then the fewest bytes, within 3 % of the fastest.
+
+        One that was measured in one round only, if no other there was measured in more.
+        """
         measured = self.measured
         fastest = max((found.tokens_per_s for _, found in measured), default=0.0)
         near = [each for each in measured if each[1].tokens_per_s >= _NEAR * fastest]
+        near = [each for each in near if len(each[0].visits) > 1] or near
         return min(near, key=lambda e: (e[0].prefetch, e[1].received_bytes_per_token), default=None)
 
     def recommendation(self) -> str:
@@ -153,9 +157,17 @@ class BenchReport:
             f"encoding {cell.encoding}, prefetch {cell.prefetch}: {found.tokens_per_s:,.0f} "
             f"tokens/s, bounded by {bound}{_share(share, ' ({} of the time)')}{more}"
         )
-        spread = (found.tokens_per_s_highest - found.tokens_per_s_lowest) / found.tokens_per_s
+        if len(cell.visits) == 1:
+            words += (
+                "; measured in one round only: repeat with a longer --time-limit, or fewer "
+                "--encodings and --prefetch depths"
+            )
+        spread = max(
+            (each.tokens_per_s_highest - each.tokens_per_s_lowest) / each.tokens_per_s
+            for _, each in self.measured
+        )
         if spread > _SPREAD:
-            words += f"; but its rounds differ by {spread:.0%}: is the server or this host busy?"
+            words += f"; but rounds differ by up to {spread:.0%}: is the server or this host busy?"
         return words
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,12 +41,8 @@ def check_servers(
         InvalidRequest: an option that cannot work, with what would.
     """
     named = named_servers(urls)
-    if aux_layer_ids is not None and draft_config is not None:
-        raise InvalidRequest("give --aux-layer-ids or --draft-config, not both")
     expected = None
-    if aux_layer_ids is not None:
-        expected = split_ids(aux_layer_ids)
-    elif draft_config is not None:
+    if draft_config is not None:
         config = read_draft_config(draft_config)
         expected = config.aux_layer_ids
         expect_fingerprint = expect_fingerprint or config.fingerprint
@@ -55,6 +51,7 @@ def check_servers(
         urls=named,
         device=device_named(device),
         token=os.environ.get("EAGLE3_TOKEN") or None,
+        aux_layer_ids=None if aux_layer_ids is None else split_ids(aux_layer_ids),
         encoding=encoding,
         expect_fingerprint=expect_fingerprint,
     )
@@ -148,7 +145,8 @@ def read_draft_config(path: Path) -> DraftConfig:
             size if type(size) is int else None,
         )
     raise InvalidRequest(
-        f"{path} has no {_IDS_KEY}; name the layers with --aux-layer-ids, as outputs"
+        f"{path} has no {_IDS_KEY}; leave it out, and name the layers with --aux-layer-ids, as "
+        "outputs"
     )
 
 

@@ -150,7 +150,8 @@ def serve(
             name = ".".join(map(str, error["loc"]))
             got = "a secret" if name == "token" else repr(error["input"])
             variable = f"EAGLE3_{name.upper()}"
-            typer.secho(f"setting {name} ({variable}): {error['msg']}; got {got}", err=True)
+            words = error["msg"].removeprefix("Value error, ")
+            typer.secho(f"setting {name} ({variable}): {words}; got {got}", err=True)
         raise typer.Exit(2) from exc
     except RemoteEagle3Error as exc:
         typer.secho(str(exc), err=True)
@@ -169,13 +170,17 @@ def check(
         typer.Option(help="Directory or hub id; compared with the served checkpoint's."),
     ] = None,
     aux_layer_ids: Annotated[
-        str | None, typer.Option(help="Layer outputs that the draft expects, as 1,14,26.")
+        str | None,
+        typer.Option(
+            help="Layer outputs, as the trainer will pass them to the client: 1,14,26 [the "
+            "server's default]."
+        ),
     ] = None,
     draft_config: Annotated[
         Path | None,
         typer.Option(
-            help="The draft's config.json instead: its eagle_aux_hidden_state_layer_ids are layer "
-            "inputs, ours + 1."
+            help="The draft's config.json; its eagle_aux_hidden_state_layer_ids, layer inputs "
+            "(ours + 1), must name those layers."
         ),
     ] = None,
     device: Annotated[

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
+from eagle3_client.draft_config import ExpectedDraft
 from eagle3_schemas import ModelInfo
 from eagle3_schemas.encodings import ENCODINGS
 from eagle3_schemas.errors import InvalidRequest
@@ -72,6 +74,8 @@ class ClientSettings:
     """Seconds a request is repeated before it raises. Who wants to fail sooner, or wait longer."""
     expect_fingerprint: str | None = None
     """The only target accepted. Who resumes a run, and wants the target it began with."""
+    expect_draft_config: Mapping[str, Any] | None = field(default=None, hash=False)
+    """`draft_config()` of the run's beginning; implies that and the layers. Who resumes."""
     max_retries: int | None = None
     """Also a limit on the number of repeats. Who comes from NeMo AutoModel's client."""
     max_in_flight: int | None = None
@@ -87,6 +91,7 @@ class ClientSettings:
                     f"{name} must be {' or '.join(each.__name__ for each in kinds)}; got "
                     f"{type(getattr(self, name)).__name__}"
                 )
+        self._expect_draft()
         if not self.urls:
             raise InvalidRequest("urls must name at least one server, as http://host:port")
         for url in self.urls:
@@ -142,6 +147,32 @@ class ClientSettings:
             )
         if self.max_in_flight is not None and self.max_in_flight < 1:
             raise InvalidRequest(f"max_in_flight must be >= 1 or None; got {self.max_in_flight}")
+
+    @property
+    def expected_draft(self) -> ExpectedDraft | None:
+        """What `expect_draft_config` says, read."""
+        config = self.expect_draft_config
+        return None if config is None else ExpectedDraft.of(config)
+
+    def _expect_draft(self) -> None:
+        """Take the fingerprint and the layers of `expect_draft_config`."""
+        if (draft := self.expected_draft) is None:
+            return
+        object.__setattr__(self, "expect_draft_config", dict(self.expect_draft_config or {}))
+        for name, said in (
+            ("expect_fingerprint", draft.fingerprint),
+            ("aux_layer_ids", draft.aux_layer_ids),
+        ):
+            if (given := getattr(self, name)) not in (None, said):
+                raise InvalidRequest(
+                    f"{name} is {_listed(given)}, and expect_draft_config was trained with "
+                    f"{_listed(said)}; leave {name} out, or begin a new run"
+                )
+            object.__setattr__(self, name, said)
+
+
+def _listed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_url(url: str) -> None:

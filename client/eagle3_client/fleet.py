@@ -182,7 +182,7 @@ class Fleet:
         connection, info = met[0][0].connection, met[0][1]
         self._check_expected(connection.url, info)
         for member, other in met[1:]:
-            check_same(info, connection.url, other, member.connection.url)
+            check_same(info, connection.url, other, member.connection.url, self._settings)
         known: _Known | None = None
         for member, _ in met:
             connection = member.connection
@@ -211,7 +211,8 @@ class Fleet:
             raise FingerprintMismatch(
                 f"expected the target {expected}; got {info.fingerprint} ({name_of(info)}, "
                 f"{info.dtype}). Name, revision, weights, config, dtype, quantization or tokenizer "
-                "differ. Serve the target this run began with, or start a new run",
+                "differ; the name is the checkpoint directory's, unless --model-name keeps it. "
+                "Serve the target this run began with, or start a new run",
                 url=url,
             )
 
@@ -222,9 +223,10 @@ class Fleet:
             self._compare_with(self._known, member.connection)
 
     def _compare_with(self, known: _Known, connection: Connection) -> None:
-        check_same(known.info, known.url, connection.model_info(), connection.url)
+        info, settings = connection.model_info(), self._settings
+        check_same(known.info, known.url, info, connection.url, settings)
         if known.numbers is not None:
-            compare_numbers(known.numbers, connection, known.info, self._settings)
+            compare_numbers(known.numbers, connection, known.info, settings)
         connection.instances.was_compared()
 
     def _compare_numbers(self, known: _Known, member: Member) -> None:

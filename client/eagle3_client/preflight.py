@@ -182,13 +182,12 @@ class _Preflight:
         differing = []
         for connection, other in others:
             try:
-                check_same(info, first.url, other, connection.url)
+                check_same(info, first.url, other, connection.url, self._settings)
             except FingerprintMismatch as exc:
-                differing.append(exc)
+                differing.append(failed(exc))
         if differing:
-            check = failed(differing[0], **values)
-            words = "; ".join(exc.detail for exc in differing)
-            self._fleet["same_target"] = Check("failed", words, check.remedy, values)
+            words = "; ".join(check.detail for check in differing)
+            self._fleet["same_target"] = Check("failed", words, differing[0].remedy, values)
             words = "they do not serve the same target"
             self._fleet["same_numbers"] = Check("skipped", words, None, {"compared": 0})
             return

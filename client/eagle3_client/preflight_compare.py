@@ -10,8 +10,9 @@ import httpx
 from eagle3_client.config import ClientSettings
 from eagle3_client.failures import is_refused
 from eagle3_client.preflight_report import Check
-from eagle3_client.sameness import name_of
+from eagle3_client.sameness import LAYERS_REMEDY, name_of
 from eagle3_schemas import ModelInfo, tokenizer_digest, validate_aux_layer_ids
+from eagle3_schemas.aux_layers import NUM_AUX_LAYERS, example_aux_layer_ids
 from eagle3_schemas.errors import (
     FingerprintMismatch,
     InvalidRequest,
@@ -58,6 +59,8 @@ def failed(error: RemoteEagle3Error, **values: Any) -> Check:
         remedy = "wait until it is ready; if it never is, its log says why"
     elif isinstance(error, ProtocolMismatch):
         remedy = "correct the URL, or install one version of eagle3-remote on both sides"
+    elif isinstance(error, FingerprintMismatch) and words.endswith(LAYERS_REMEDY):
+        words, remedy = words.removesuffix(f"; {LAYERS_REMEDY}"), LAYERS_REMEDY
     elif isinstance(error, FingerprintMismatch):
         remedy = "serve one model, of one name, revision and dtype, on all servers"
     elif isinstance(error, TargetFailed):
@@ -79,7 +82,8 @@ def fingerprint_check(info: ModelInfo, settings: ClientSettings) -> Check:
         return Check("ok", words, None, values)
     return Check(
         "failed", f"expected {expected}; the server has {words}",
-        "serve the target that the run began with, or begin a new run", values,
+        "serve the target that the run began with, under its name (--model-name), or begin a new "
+        "run", values,
     )  # fmt: skip
 
 
@@ -105,35 +109,77 @@ def tokenizer_check(info: ModelInfo, tokenizer: HasVocab | None) -> Check:
 
 def aux_check(info: ModelInfo, expect: Expectation) -> Check:
     """Compare the layers that requests will name with those the draft expects."""
-    requested, expected = expect.settings.aux_layer_ids, expect.aux_layer_ids
-    used = info.aux_layer_ids if requested is None else requested
+    passed, default, expected = (
+        expect.settings.aux_layer_ids,
+        info.aux_layer_ids,
+        expect.aux_layer_ids,
+    )
+    used, count = default if passed is None else passed, info.num_hidden_layers
     values = {"aux_layer_ids": used and list(used), "expected": expected and list(expected)}
-    whose = "the server's default" if requested is None else "aux_layer_ids of the client"
-    try:
-        if used is None:
-            raise InvalidRequest("the target is too shallow for the default rule: it names none")
-        validate_aux_layer_ids(used, info.num_hidden_layers)
+    example = _listed(example_aux_layer_ids(count))
+    if count < NUM_AUX_LAYERS:
+        words = f"{count} decoder layers are too few for supervision, which takes three"
+        return Check("failed", words, "serve a target of three layers or more", values)
+    if used is None:
+        remedy = _to_pass(example) + f" here; or serve with --aux-layer-ids {example}"
         if expected is not None:
-            validate_aux_layer_ids(expected, info.num_hidden_layers)
+            remedy = _to_pass(_listed(expected)) + " here"
+        words = f"{count} decoder layers are too few for a default: the server names none"
+        return Check("failed", words, remedy, values)
+    try:
+        validate_aux_layer_ids(used, count)
+        if expected is not None:
+            validate_aux_layer_ids(expected, count)
     except InvalidRequest as exc:
-        remedy = f"name three of the target's {info.num_hidden_layers} layers, outputs, from 0"
+        remedy = f"name three of the target's {count} layers, outputs, from 0, as {example}"
         return Check("failed", exc.detail, remedy, values)
     names = ", ".join(map(str, used))
-    if expected is None:
-        words = f"{names} (layer outputs, {whose}); no expectation was given to compare"
-        return Check("ok", words, None, values)
-    if used == expected:
-        return Check("ok", f"{names} (layer outputs), as the draft expects", None, values)
-    wanted = ",".join(map(str, expected))
+    if expected not in (None, used):
+        return _other_layers(used, expected, is_default=passed is None, values=values)
+    whose = "the server's default" if passed is None else "as passed"
+    words = f"{names} (layer outputs), {whose}"
+    if expected is not None:
+        words += ", as the draft expects"
+    elif passed is None:
+        words += "; no expectation was given to compare"
+    if passed not in (None, default):
+        other = "the server has no default"
+        if default is not None:
+            other = f"not the server's default {', '.join(map(str, default))}"
+        words += f"; {other}: pass aux_layer_ids=[{_listed(used)}] to the client"
+    return Check("ok", words, None, values)
+
+
+def _other_layers(
+    used: tuple[int, ...],
+    expected: tuple[int, ...],
+    *,
+    is_default: bool,
+    values: dict[str, Any],
+) -> Check:
+    """Return the check that failed since the draft expects other layers."""
     hint = ""
     if tuple(i + 1 for i in used) == expected:
         hint = "; they differ by one, so the draft's may name inputs: then give --draft-config"
     elif set(used) == set(expected):
         hint = "; the same layers in another order, which is another concatenation"
+    whose = "the server's default gives" if is_default else "as passed they are"
+    wanted = _listed(expected)
+    remedy = f"{_to_pass(wanted)} here"
+    if is_default:
+        remedy += f"; or serve with --aux-layer-ids {wanted}"
+    names = ", ".join(map(str, used))
     return Check(
         "failed",
-        f"the draft expects {wanted.replace(',', ', ')}; {whose} gives {names} (layer outputs)"
-        f"{hint}",
-        f"pass aux_layer_ids=[{wanted}] to the client, or serve with --aux-layer-ids {wanted}",
+        f"the draft expects {', '.join(map(str, expected))}; {whose} {names} (layer outputs){hint}",
+        remedy,
         values,
     )
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ",".join(map(str, layers))
+
+
+def _to_pass(layers: str) -> str:
+    return f"pass aux_layer_ids=[{layers}] to the client, and --aux-layer-ids {layers}"

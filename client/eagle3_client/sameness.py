@@ -29,6 +29,9 @@ AUX_BOUND: Final = 0.05
 LOGSUMEXP_BOUND: Final = 0.1
 """Largest difference of a row's logsumexp over V; also the margin below which argmax may differ."""
 
+LAYERS_REMEDY: Final = "pass aux_layer_ids, or serve all with the same --aux-layer-ids"
+"""What ends the error of servers whose default aux layers differ."""
+
 _BATCH, _LENGTH = 4, 64
 _ROWS, _COLUMNS = 2, 13  # whose logits are asked for: full-vocab rows are long
 # In the order a mismatch is told: what says most first.
@@ -65,8 +68,10 @@ class Numbers:
     logits: torch.Tensor  # [m, V]
 
 
-def check_same(expected: ModelInfo, expected_url: str, info: ModelInfo, url: str) -> None:
-    """Compare what two servers say.
+def check_same(
+    expected: ModelInfo, expected_url: str, info: ModelInfo, url: str, settings: ClientSettings
+) -> None:
+    """Compare what two servers say; their default aux layers only if the trainer names none.
 
     Raises:
         FingerprintMismatch: they differ; the message names both and the difference.
@@ -82,6 +87,18 @@ def check_same(expected: ModelInfo, expected_url: str, info: ModelInfo, url: str
                 f"({expected.model_id}) and {second} at {url} ({info.model_id}). {remedy}",
                 url=url,
             )
+    # Each process, and a resumed run, would take those of the server that it happens to meet first.
+    first, second = expected.aux_layer_ids, info.aux_layer_ids
+    if settings.aux_layer_ids is None and first != second:
+        raise FingerprintMismatch(
+            f"servers' default aux layers differ: {_shown(first)} at {expected_url}, "
+            f"{_shown(second)} at {url}; {LAYERS_REMEDY}",
+            url=url,
+        )
+
+
+def _shown(layers: tuple[int, ...] | None) -> str:
+    return "none" if layers is None else str(list(layers))
 
 
 def name_of(info: ModelInfo) -> str:

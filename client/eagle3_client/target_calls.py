@@ -138,6 +138,8 @@ class TargetCalls:
     def draft_config(self) -> dict[str, Any]:
         """Return what must travel with a draft trained here, JSON-able, for its checkpoint.
 
+        Who goes on with that draft gives it to a backend as `expect_draft_config`.
+
         Returns:
             `eagle_aux_hidden_state_layer_ids`: the `aux_layer_ids` as vLLM and speculators name
             them (layer inputs, ours + 1); `draft_vocab_size`; `draft_vocab_digest` of the ordered

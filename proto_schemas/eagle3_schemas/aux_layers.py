@@ -13,6 +13,9 @@ AUX_LAYER_CONVENTION: Final = "layer_output"
 
 NUM_AUX_LAYERS: Final = 3
 
+FEWEST_LAYERS: Final = 7
+"""Decoder layers from which on the default rule gives three distinct ids."""
+
 
 def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
     """Return `[1, L//2 - 1, L - 4]`, the EAGLE-3 default (as SpecForge and NeMo AutoModel have it).
@@ -31,6 +34,12 @@ def default_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
             f"[0, {num_hidden_layers}); pass aux_layer_ids explicitly"
         )
     return ids
+
+
+def example_aux_layer_ids(num_hidden_layers: int) -> tuple[int, ...]:
+    """Return three layers as far apart as three are, for a message to name; fewer where L < 3."""
+    step = max((num_hidden_layers - 1) // 2, 1)
+    return tuple(range(0, num_hidden_layers, step))[:NUM_AUX_LAYERS]
 
 
 def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:

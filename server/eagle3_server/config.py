@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from eagle3_schemas.aux_layers import NUM_AUX_LAYERS
 from eagle3_schemas.errors import InvalidRequest
 
 Quantization = Literal["bnb-nf4", "bnb-int8", "torchao-int8"]
@@ -125,10 +126,17 @@ class ServerSettings(BaseSettings):
     @field_validator("aux_layer_ids", mode="before")
     @classmethod
     def _split_ids(cls, value: object) -> object:
-        """Take `1,14,26` as well as a sequence of ints."""
-        if isinstance(value, str):
-            return tuple(int(part) for part in value.split(","))
-        return value
+        """Take `1,14,26` as well as a sequence of ints; refuse what no target has, unloaded."""
+        if value is None:
+            return None
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            ids = tuple(int(str(part)) for part in parts)  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            ids = ()
+        if len(ids) != NUM_AUX_LAYERS or len(set(ids)) != NUM_AUX_LAYERS or min(ids) < 0:
+            raise ValueError(f"aux_layer_ids must be {NUM_AUX_LAYERS} distinct layers, as 1,14,26")
+        return ids
 
     @property
     def ranks(self) -> int:

@@ -18,6 +18,7 @@ import torch
 import transformers
 import uvicorn
 
+from eagle3_schemas.aux_layers import FEWEST_LAYERS, NUM_AUX_LAYERS, example_aux_layer_ids
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_server.allocator import give_back_freed_memory, keep_freed_memory
 from eagle3_server.app import create_app
@@ -74,10 +75,15 @@ def serve(settings: ServerSettings) -> int:
     def load() -> Target:
         nonlocal fingerprint
         started = time.monotonic()
-        target = _load(settings)
+        try:
+            target = _load(settings)
+        except BaseException:
+            _end_quietly()  # now: the reason may be logged before uvicorn has said that it started
+            raise
         give_back_freed_memory()
         fingerprint = target.describe().fingerprint
         logger.info("%s", _summary(target.describe(), time.monotonic() - started))
+        _warn_of_shallow(target.describe())
         logger.info("warming up")
         return target
 
@@ -86,6 +92,7 @@ def serve(settings: ServerSettings) -> int:
         tell_parent(urls[0], fingerprint)
 
     def stop(error: BaseException) -> None:
+        _end_quietly()
         failures.append(error)
         server.should_exit = True
 
@@ -129,13 +136,19 @@ def serve(settings: ServerSettings) -> int:
         if app.state.service.is_working:
             # It loads or computes and cannot be interrupted, and torch aborts an interpreter that
             # exits under it.
-            logger.info("stopped without waiting for the model")
+            if not failures:
+                logger.info("stopped without waiting for the model")
             logging.shutdown()
             os._exit(0 if server.was_terminated and not failures else 1)
     code = 1 if failures or not server.started else 0
     if settings.ranks > 1:
         _end(code)
     return code
+
+
+def _end_quietly() -> None:
+    """Keep uvicorn from telling how it stops: the log's last line is then why."""
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 def _end(code: int) -> NoReturn:
@@ -238,6 +251,19 @@ class _Server(uvicorn.Server):
             # What it would say of the tasks it interrupts is no news.
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.was_terminated = True
+
+
+def _warn_of_shallow(target: TargetDescription) -> None:
+    """Say that requests must name layers, where the target has none by default."""
+    count = target.num_hidden_layers
+    if count < NUM_AUX_LAYERS:
+        logger.warning("%d layers are too few for supervision, which takes three", count)
+    elif target.aux_layer_ids is None:
+        logger.warning(
+            "%d layers are too few for the default aux layers (%d are needed): trainers must name "
+            "three; or serve with --aux-layer-ids %s",
+            count, FEWEST_LAYERS, ",".join(map(str, example_aux_layer_ids(count))),
+        )  # fmt: skip
 
 
 def _summary(target: TargetDescription, seconds: float) -> str:

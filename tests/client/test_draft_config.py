@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eagle3_client import InvalidRequest, ProtocolMismatch, VocabMappingMissing
+from eagle3_client import FingerprintMismatch, InvalidRequest, ProtocolMismatch, VocabMappingMissing
 from eagle3_client.draft_config import draft_config
 from eagle3_schemas import DraftVocab
 
@@ -89,6 +89,82 @@ def test_a_server_of_another_convention_is_refused(
     info = info.model_copy(update={"aux_layer_convention": "layer_input"})
     with pytest.raises(ProtocolMismatch, match=r"layer_output.*layer_input"):
         draft_config(info, None, DraftVocab.from_ids(draft_ids))
+
+
+# --- what a draft expects that is trained on ---
+
+
+def test_a_draft_that_is_trained_on_gets_its_layers_whatever_the_server_does_by_default(
+    model: Any, serve: Any, connect: Any, draft_ids: Any
+) -> None:
+    saved = json.loads(json.dumps(connect(serve(model), draft_ids).draft_config()))
+    backend = connect(serve(model, aux_layer_ids=(6, 1, 4)), draft_ids, expect_draft_config=saved)
+    assert backend.draft_config() == saved
+
+
+def test_what_says_the_same_besides_is_no_contradiction(
+    bridge: Any, connect: Any, draft_ids: Any
+) -> None:
+    saved = connect(bridge, draft_ids).draft_config()
+    besides = {"expect_fingerprint": saved["target_fingerprint"], "aux_layer_ids": [1, 2, 3]}
+    assert connect(bridge, draft_ids, expect_draft_config=saved, **besides).draft_config() == saved
+
+
+def test_a_draft_of_another_target_is_refused(
+    build_model: Any, serve: Any, bridge: Any, connect: Any, draft_ids: Any
+) -> None:
+    saved = connect(bridge, draft_ids).draft_config()
+    other = serve(build_model("llama", seed=1))
+    with pytest.raises(FingerprintMismatch, match=r"checkpoint directory's, unless --model-name"):
+        connect(other, expect_draft_config=saved).model_info()
+
+
+def test_another_draft_vocab_than_the_drafts_is_refused(
+    bridge: Any, connect: Any, draft_ids: Any, mapping: Any
+) -> None:
+    saved = connect(bridge, draft_ids).draft_config()
+    backend = connect(bridge, expect_draft_config=saved)
+    saved["draft_vocab_digest"] = "changed by the caller since"
+    with pytest.raises(InvalidRequest, match=r"rows would mean other tokens\. Save selected_token"):
+        backend.set_vocab_mapping(*mapping(draft_ids.flip(0), 131))
+    backend.set_vocab_mapping(*mapping(draft_ids, 131))
+
+
+SAVED = {
+    "eagle_aux_hidden_state_layer_ids": [2, 3, 4],
+    "draft_vocab_digest": "d" * 64,
+    "target_fingerprint": "a" * 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("besides", "words"),
+    [
+        ({"aux_layer_ids": (4, 5, 6)}, r"aux_layer_ids is \[4, 5, 6\], and .* with \[1, 2, 3\]"),
+        ({"expect_fingerprint": "b" * 32}, "expect_fingerprint is b{32}, and .* with a{32}"),
+    ],
+)
+def test_what_says_otherwise_besides_is_refused(connect: Any, besides: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        connect(urls="http://127.0.0.1:9", expect_draft_config=SAVED, **besides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_fingerprint": None}, "no usable target_fingerprint;"),
+        ({"target_fingerprint": "short"}, "32 hex digits"),
+        ({"draft_vocab_digest": 5}, "no usable draft_vocab_digest;"),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, "no usable eagle_aux_hidden_state_lay"),
+        ({"eagle_aux_hidden_state_layer_ids": []}, "no usable eagle_aux_hidden_state_lay"),
+        ({"eagle_aux_hidden_state_layer_ids": "234"}, "no usable eagle_aux_hidden_state_lay"),
+    ],
+)
+def test_a_config_that_lacks_a_field_is_refused(connect: Any, changes: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        connect(urls="http://127.0.0.1:9", expect_draft_config=SAVED | changes)
+    with pytest.raises(InvalidRequest, match=r"what draft_config\(\) returned; got str"):
+        connect(urls="http://127.0.0.1:9", expect_draft_config=json.dumps(SAVED))
 
 
 # --- the embeddings as a module ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import torch
 
 from eagle3_client import FingerprintMismatch, InvalidRequest, RemoteEagle3Error
 from eagle3_client.workers import DaemonWorkers
+from eagle3_schemas.errors import NotReady
 from eagle3_server.fingerprint import config_digest, weights_digest
 
 DRAFT_IDS = torch.arange(5, 65).flip(0)
@@ -26,11 +28,50 @@ class TwoHosts(httpx.BaseTransport):
         return self.hosts[request.url.host].handle_request(request)
 
 
-def test_replicas_with_other_default_layers_give_the_same(
-    build_model: Any, serve: Any, connect: Any, batch_of: Any
+LAYERS_DIFFER = (
+    r"servers' default aux layers differ: \[1, 2, 3\] at http://a, \[4, 5, 6\] at http://b; "
+    "pass aux_layer_ids, or serve all with the same --aux-layer-ids"
+)
+
+
+@pytest.fixture
+def other_defaults(build_model: Any, serve: Any) -> TwoHosts:
+    """Two servers of one target, with other default layers."""
+    a, b = (serve(build_model("llama"), aux_layer_ids=ids) for ids in ((1, 2, 3), (4, 5, 6)))
+    return TwoHosts(a, b)
+
+
+def test_replicas_with_other_default_layers_are_refused(
+    other_defaults: TwoHosts, connect: Any
 ) -> None:
-    bridges = [serve(build_model("llama"), aux_layer_ids=ids) for ids in ((1, 2, 3), (4, 5, 6))]
-    backend = connect(TwoHosts(*bridges), DRAFT_IDS, urls=["http://a", "http://b"])
+    """Another process, or a resumed run, would take the other's."""
+    backend = connect(other_defaults, urls=["http://a", "http://b"])
+    with pytest.raises(FingerprintMismatch, match=LAYERS_DIFFER):
+        backend.model_info()
+
+
+def test_a_server_that_comes_back_with_other_default_layers_stays_out(
+    other_defaults: TwoHosts, connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    b = other_defaults.hosts["b"]
+    other_defaults.hosts["b"] = other_defaults.hosts["a"]
+    backend = connect(other_defaults, urls=["http://a", "http://b"])
+    fleet = backend._dispatcher.fleet
+    fleet.model_info()  # without the thread that watches them
+    member = fleet.members.all[1]
+    fleet.members.eject(member, NotReady("it restarts"))
+    other_defaults.hosts["b"] = b
+    for _ in range(3):
+        fleet.check_health(member, 60)
+    assert member.is_out
+    assert re.search("http://b stays out: " + LAYERS_DIFFER, caplog.text)
+
+
+def test_what_replicas_have_by_default_does_not_matter_to_who_names_layers(
+    other_defaults: TwoHosts, connect: Any, batch_of: Any
+) -> None:
+    urls = ["http://a", "http://b"]
+    backend = connect(other_defaults, DRAFT_IDS, urls=urls, aux_layer_ids=(0, 2, 4))
     first, *others = [backend.generate_batch(*batch_of(131)) for _ in range(4)]
     for other in others:
         assert torch.equal(first.aux_hidden_states, other.aux_hidden_states)

@@ -17,7 +17,7 @@ from eagle3_schemas import (
     to_layer_inputs,
     validate_aux_layer_ids,
 )
-from eagle3_schemas.aux_layers import validate_layer_ids
+from eagle3_schemas.aux_layers import FEWEST_LAYERS, validate_layer_ids
 from eagle3_schemas.errors import InvalidRequest
 
 SHALLOWEST = 7  # below it two of [1, L//2 - 1, L - 4] are equal, or one is negative
@@ -39,6 +39,7 @@ def test_the_default_is_early_middle_and_late_layer(num_layers: int) -> None:
 def test_the_default_of_known_targets(num_layers: int, ids: tuple[int, ...]) -> None:
     """As SpecForge and NeMo AutoModel have it, e.g. Qwen3-8B's 36 layers."""
     assert default_aux_layer_ids(num_layers) == ids
+    assert num_layers >= FEWEST_LAYERS == SHALLOWEST
 
 
 @pytest.mark.parametrize(

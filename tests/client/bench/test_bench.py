@@ -320,7 +320,7 @@ def test_what_does_not_fit_the_target_is_refused(run: Any, changes: Any, words: 
         run(replace(PLAN, **changes))
 
 
-def report_of(*cells: tuple[str, int, float, int]) -> BenchReport:
+def report_of(*cells: tuple[str, int, float, int], rounds: int = 2) -> BenchReport:
     """Cells as encoding, depth, seconds a batch, received bytes a token."""
     from tests.client.bench.simulation import pipeline
 
@@ -329,7 +329,7 @@ def report_of(*cells: tuple[str, int, float, int]) -> BenchReport:
         visit = pipeline(depth, compute=seconds, head=0, copy=0, link=0, host=0, count=10)
         for sample in visit.delivered:
             sample.received_bytes = 10 * nbytes
-        report.cells.append(Cell(encoding, depth, None, [visit]))
+        report.cells.append(Cell(encoding, depth, None, [visit] * rounds))
     return report
 
 
@@ -359,4 +359,26 @@ def test_of_a_pipeline_that_is_not_full_a_deeper_prefetch_is_recommended() -> No
     assert "requests may overlap there, so try --prefetch 2" in report.recommendation()
     report.cells[0].visits[:] = [pipeline(1, compute=0.06, link=0.05)]
     report.cells[0].visits.append(pipeline(1, compute=0.01, link=0.05))
-    assert "but its rounds differ by 4" in report.recommendation()
+    assert "but rounds differ by up to 4" in report.recommendation()
+
+
+def test_what_was_measured_once_is_recommended_only_for_want_of_another_and_says_so() -> None:
+    once = "; measured in one round only: repeat with a longer --time-limit, or fewer --encodings"
+    report = report_of(("probs", 1, 0.1, 90), ("hidden", 2, 0.098, 30), ("hidden", 4, 0.05, 30))
+    for cell in report.cells[::2]:
+        cell.visits.pop()
+    assert "encoding hidden, prefetch 4" in report.recommendation()
+    assert once in report.recommendation()
+    report.cells.pop()
+    assert "encoding hidden, prefetch 2" in report.recommendation()
+    assert once not in report.recommendation()
+
+
+def test_a_cell_whose_rounds_differ_casts_doubt_on_all() -> None:
+    from tests.client.bench.simulation import pipeline
+
+    report = report_of(("probs", 1, 0.1, 90), ("hidden", 1, 0.2, 30))
+    assert "rounds differ" not in report.recommendation()
+    report.cells[1].visits.append(pipeline(1, compute=0.1, count=10))
+    assert "encoding probs" in report.recommendation()
+    assert "; but rounds differ by up to" in report.recommendation()

@@ -108,6 +108,14 @@ def test_a_text_is_tokenized(build_model: Any, live_server: Any, tmp_path: Path)
     )  # fmt: skip
 
 
+def test_layers_are_asked_for_as_the_trainer_will(url: str, build_model: Any) -> None:
+    result = bench(url, *SMALL, "--encodings", "probs", "--aux-layer-ids", "0,2,4")
+    assert result.exit_code == 0, result.output
+    result = bench(url, *SMALL, "--encodings", "probs", "--aux-layer-ids", "0,2,77")
+    assert result.exit_code == 1
+    assert "got [0, 2, 77]" in " ".join(result.output.split())
+
+
 def test_several_servers_are_one_fleet(build_model: Any, live_server: Any) -> None:
     urls = [live_server(build_model("llama")) for _ in range(2)]
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -148,6 +156,7 @@ def test_failures_end_with_1_in_the_servers_words(
         ("--supervised-share", "1.5", "supervised_share must be in (0, 1]; got 1.5"),
         ("--draft-vocab-size", "0", "draft_vocab_size must be >= 1; got 0"),
         ("--time-limit", "0", "time_limit_s must be > 0 and finite"),
+        ("--aux-layer-ids", "one", "--aux-layer-ids must be as 1,14,26; got 'one'"),
         ("--aux-dtype", "int4", "aux_dtype must be 'model' or 'float8_e4m3'; got 'int4'"),
         ("--device", "tpu9", "--device must be cpu, cuda or cuda:0; got 'tpu9'"),
         ("--text", "nowhere.txt", "--text and --tokenizer go together"),

@@ -117,6 +117,22 @@ def test_two_models_are_told_apart(build_model: Any, live_server: Any, connect: 
     assert all("failed" not in statuses(server.checks) for server in report.servers)
 
 
+def test_other_default_layers_are_told_unless_the_client_names_its_own(
+    build_model: Any, serve: Any, connect: Any
+) -> None:
+    layers = {"a": (1, 2, 3), "b": (0, 2, 4)}
+    bridges = {name: serve(build_model("llama"), aux_layer_ids=ids) for name, ids in layers.items()}
+    urls = ["http://a", "http://b"]
+    report = connect(router(**bridges), urls=urls).preflight()
+    check = report.fleet["same_target"]
+    assert (check.status, check.detail, check.remedy) == (
+        "failed",
+        "servers' default aux layers differ: [1, 2, 3] at http://a, [0, 2, 4] at http://b",
+        "pass aux_layer_ids, or serve all with the same --aux-layer-ids",
+    )
+    assert connect(router(**bridges), urls=urls, aux_layer_ids=(4, 0, 2)).preflight().has_passed
+
+
 def test_equal_words_and_other_numbers_are_told(build_model: Any, serve: Any, connect: Any) -> None:
     model = build_model("llama")
     other = TransformersTarget(model, model_id="tiny")
@@ -169,7 +185,7 @@ def test_a_checkpoint_without_a_tokenizer_is_no_failure(bridge: Any, connect: An
         ((3, 2, 1), None, "another order"),
         ((1, 2, 7), None, r"in [0, 7)"),
         ((1, 2), None, "3 distinct ids"),
-        ((1, 2, 3), (4, 5, 6), "aux_layer_ids of the client gives 4, 5, 6"),
+        ((1, 2, 3), (4, 5, 6), "as passed they are 4, 5, 6"),
         (None, (1, 2, 9), r"in [0, 7)"),
     ],
 )
