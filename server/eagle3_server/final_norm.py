@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.target_head import FinalNorm, NormForm
 from eagle3_server.head import RowsHead, cut_head, probe_batch
 from eagle3_server.layout import decoder_layers
@@ -48,6 +49,9 @@ def find_final_norm(
         model: the target.
         head: its head.
         forward: runs the model.
+
+    Raises:
+        InvalidRequest: hooks do not run, so that nothing could be captured.
     """
     layer = decoder_layers(model)[-1]
     calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
@@ -68,6 +72,11 @@ def find_final_norm(
     finally:
         for handle in handles:
             handle.remove()
+    if not inputs or not last:
+        raise InvalidRequest(
+            f"hooks on the layers of {type(model).__name__} do not run in its forward, as happens "
+            "when it is compiled as a whole. Serve it as it was, or compile its layers one by one"
+        )
     if inputs[0].shape != last[0].shape:
         return Found(
             False, False, None, f"the head is given {inputs[0].shape[-1]} values a token, and the "

@@ -11,7 +11,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -20,7 +20,8 @@ from tests.pages import run_by
 from tests.release.exchanges import ENCODINGS, Exchange, load, server, talk
 
 from eagle3_client import ProtocolMismatch, RemoteEagle3Backend
-from eagle3_schemas import PROTOCOL_VERSION
+from eagle3_schemas import PROTOCOL_VERSION, protocol
+from eagle3_schemas.messages import AuxDtype, Rows
 
 FOLDER = Path(__file__).parent
 VERSIONS = sorted(FOLDER.glob("version_*.json"))
@@ -172,3 +173,23 @@ def test_other_versions_refuse_each_other_and_say_both_numbers(todays: Any) -> N
         pytest.raises(ProtocolMismatch, match=rf"{PROTOCOL_VERSION + 1}.*{PROTOCOL_VERSION}"),
     ):
         backend.model_info()
+
+
+def test_names_on_the_wire_are_those_that_peers_of_version_1_know() -> None:
+    """Of what the recording does not hold: headers, paths without a body, values not asked for."""
+    assert (protocol.INSTANCE_HEADER, protocol.DEADLINE_HEADER) == (
+        "x-eagle3-instance",
+        "x-eagle3-deadline-ms",
+    )
+    assert (protocol.REQUEST_ID_HEADER, protocol.CLIENT_ID_HEADER) == (
+        "x-request-id",
+        "x-eagle3-client",
+    )
+    assert (protocol.HEALTH_PATH, protocol.READY_PATH) == ("/healthz", "/readyz")
+    assert (protocol.SELF_CHECK_PATH, protocol.STATUS_PATH, protocol.INSPECT_PATH) == (
+        "/v1/self-check",
+        "/v1/status",
+        "/v1/inspect",
+    )
+    assert get_args(AuxDtype) == ("model", "float8_e4m3")
+    assert get_args(Rows) == ("position_mask", "loss_mask", "all")

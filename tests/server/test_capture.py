@@ -224,3 +224,24 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(InvalidRequest, match="num_hidden_layers=5"):
         HFEagle3TargetModel(model)
+
+
+def test_a_model_whose_hooks_do_not_run_is_refused_in_words(build_model: Any) -> None:
+    """As one that is compiled as a whole: nothing of it could be captured."""
+    model = build_model("llama")
+    forward = model.forward
+
+    def without_hooks(*arguments: Any, **named: Any) -> Any:
+        hooked = [module for module in model.modules() if module._forward_hooks]
+        kept = [dict(module._forward_hooks) for module in hooked]
+        for module in hooked:
+            module._forward_hooks.clear()
+        try:
+            return forward(*arguments, **named)
+        finally:
+            for module, hooks in zip(hooked, kept, strict=True):
+                module._forward_hooks.update(hooks)
+
+    model.forward = without_hooks
+    with pytest.raises(InvalidRequest, match="do not run in its forward.*compile its layers one"):
+        TransformersTarget(model, model_id="tiny")
