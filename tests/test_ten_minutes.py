@@ -86,6 +86,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("served")
     (folder / "smollm2-135m-instruct").symlink_to(smollm2_checkpoint(), target_is_directory=True)
     shutil.copy(ROOT / "LICENSE", folder)
+    (folder / "draft").mkdir()
+    layer_inputs = {"eagle_aux_hidden_state_layer_ids": [1, 15, 27]}
+    (folder / "draft" / "config.json").write_text(json.dumps(layer_inputs))
     with serving("eagle3-remote serve smollm2-135m-instruct --port 0", folder) as served:
         yield served.urls
 

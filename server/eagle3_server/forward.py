@@ -143,8 +143,8 @@ def forward_with_aux(
             get the whole result.
 
     Raises:
-        RuntimeError: the forward did not pass through every aux layer.
-        InvalidRequest: a layer's output is not [B, T, H].
+        InvalidRequest: the forward did not pass through every aux layer, or a layer's output is not
+            [B, T, H].
     """
     length, past = input_ids.shape[1], None
     if context is not None and context.splits(length):
@@ -160,7 +160,11 @@ def forward_with_aux(
         )
     missing = [i for i in aux_layer_ids if i not in captured]
     if missing:
-        raise RuntimeError(f"the forward did not pass through decoder layers {missing}")
+        raise InvalidRequest(
+            f"the forward did not pass through decoder layers {missing}, or their hooks did not "
+            "run, as in a model that is compiled as a whole: serve it as it was, or compile its "
+            "layers one by one"
+        )
     for i in aux_layer_ids:
         if captured[i].ndim != 3 or captured[i].shape[:2] != input_ids.shape:
             # Gemma 3n carries four streams, [4, B, T, H]; none of them is the hidden state.

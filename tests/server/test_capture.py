@@ -138,7 +138,7 @@ def test_a_layer_the_forward_does_not_pass_is_an_error_that_names_it() -> None:
     target = HFEagle3TargetModel(model, (1, 3, 5))
     model.skipped = 3
     ids = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(RuntimeError, match=r"layers \[3\]"):
+    with pytest.raises(InvalidRequest, match=r"layers \[3\]"):
         target.generate_batch(ids, ids, ids)
     assert hooks_left(model) == 0
 
@@ -146,7 +146,7 @@ def test_a_layer_the_forward_does_not_pass_is_an_error_that_names_it() -> None:
 def test_a_served_target_proves_at_load_that_every_layer_is_caught() -> None:
     model = DictModel()
     model.skipped = 6
-    with pytest.raises(RuntimeError, match=r"layers \[6\]"):
+    with pytest.raises(InvalidRequest, match=r"layers \[6\]"):
         TransformersTarget(model, model_id="tiny")
 
 
@@ -243,5 +243,5 @@ def test_a_model_whose_hooks_do_not_run_is_refused_in_words(build_model: Any) ->
                 module._forward_hooks.update(hooks)
 
     model.forward = without_hooks
-    with pytest.raises(InvalidRequest, match="do not run in its forward.*compile its layers one"):
+    with pytest.raises(InvalidRequest, match=r"hooks did not run.*compile its layers one"):
         TransformersTarget(model, model_id="tiny")
