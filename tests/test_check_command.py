@@ -83,7 +83,8 @@ def test_what_fails_ends_with_1_and_its_remedy(url: str, monkeypatch: pytest.Mon
     assert all(len(line) <= 80 for line in lines)
     (place,) = (i for i, line in enumerate(lines) if "FAILED" in line)
     assert lines[place].startswith("  FAILED   auth           the bearer token is none of ")
-    assert any(line.lstrip().startswith("-> set EAGLE3_TOKEN") for line in lines[place:])
+    assert any(line.lstrip().startswith("-> set EAGLE3_TOKEN to a ") for line in lines[place:])
+    assert "token=" not in result.output
     assert lines[-1].startswith("1 check failed, in ")
     assert "another-token" not in result.output
 

@@ -13,6 +13,7 @@ import typer
 from eagle3_client.bench import Bench
 from eagle3_client.bench_plan import BenchPlan
 from eagle3_client.check_command import (
+    command_words,
     device_named,
     load_tokenizer,
     named_servers,
@@ -23,7 +24,7 @@ from eagle3_client.check_command import (
 )
 from eagle3_client.config import ClientSettings, check_device
 from eagle3_client.preflight_compare import failed
-from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
+from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error, Unauthorized
 
 _RETRY_FOR_S = 10.0
 _INTERRUPTED = 130  # as shells say it
@@ -103,7 +104,8 @@ def bench(
         typer.secho(str(exc), err=True)
         raise typer.Exit(2) from exc
     except RemoteEagle3Error as exc:
-        typer.secho(f"{exc}\n-> {failed(exc).remedy}", err=True)
+        remedy = "" if isinstance(exc, Unauthorized) else f"\n-> {failed(exc).remedy}"
+        typer.secho(command_words(exc) + remedy, err=True)
         raise typer.Exit(1) from exc
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))

@@ -256,18 +256,18 @@ def verify(
     The token comes from EAGLE3_TOKEN. Exit code 0: nothing failed; 1: something did, or a server
     cannot be asked; 2: an option that cannot work.
     """
+    from eagle3_client.check_command import command_words
     from eagle3_client.verify_command import render, verify_servers
 
     try:
         reports = verify_servers(
             urls or (), tokenizer=tokenizer, text=text, model=model, aux_layer_ids=aux_layer_ids
         )
-    except InvalidRequest as exc:
-        typer.secho(str(exc), err=True)
-        raise typer.Exit(2) from exc
     except RemoteEagle3Error as exc:
-        typer.secho(str(exc), err=True)
-        raise typer.Exit(1) from exc
+        typer.secho(command_words(exc), err=True)
+        # A server's refusal of its own default layers is no wrong option.
+        is_option = isinstance(exc, InvalidRequest) and (aux_layer_ids or exc.url is None)
+        raise typer.Exit(2 if is_option else 1) from exc
     typer.echo(render(reports, as_json=as_json))
     raise typer.Exit(0 if all(report.has_passed for report in reports) else 1)
 

@@ -54,7 +54,8 @@ def failed(error: RemoteEagle3Error, **values: Any) -> Check:
     elif isinstance(error, TransportError):
         remedy = "see what stands between here and the server, such as a gateway"
     elif isinstance(error, Unauthorized):
-        remedy = "set EAGLE3_TOKEN (token=) to a token that the server was started with"
+        words = words.partition("; pass a token")[0]  # the rest is for who calls from code
+        remedy = "set EAGLE3_TOKEN to a token that the server was started with"
     elif isinstance(error, NotReady):
         remedy = "wait until it is ready; if it never is, its log says why"
     elif isinstance(error, ProtocolMismatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from eagle3_schemas import DraftVocab, validate_aux_layer_ids
-from eagle3_schemas.aux_layers import validate_layer_ids
+from eagle3_schemas.aux_layers import example_aux_layer_ids, validate_layer_ids
 from eagle3_schemas.capture import DRAFT_VOCAB_OUTPUTS, OUTPUTS, CaptureRequest, check_outputs
 from eagle3_schemas.errors import InvalidRequest, LimitExceeded, PackingUnsupported
 from eagle3_schemas.frame import Frame, decode
@@ -57,9 +57,11 @@ def admit_supervision(
     if aux_layer_ids is None:
         aux_layer_ids = description.aux_layer_ids
         if aux_layer_ids is None:
+            example = ",".join(map(str, example_aux_layer_ids(description.num_hidden_layers)))
             raise InvalidRequest(
                 f"the target has only {description.num_hidden_layers} decoder layers, too few for "
-                "the default rule; name three aux_layer_ids in the request or on the server"
+                "the default rule; name three aux_layer_ids in the request or on the server, as "
+                f"{example}"
             )
     return request, SupervisionJob(
         input_ids=batch.input_ids,

@@ -136,7 +136,8 @@ def test_failures_end_with_1_in_the_servers_words(
     result = bench(url)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "the bearer token is none of" in result.stderr
-    assert "-> set EAGLE3_TOKEN" in result.stderr
+    assert "\n-> set EAGLE3_TOKEN to a token that the server was started with\n" in result.stderr
+    assert "token=" not in result.stderr
     assert "another-token" not in result.output
     result = bench("http://127.0.0.1:9", "--time-limit", 1)
     assert result.exit_code == 1

@@ -17,7 +17,7 @@ from eagle3_client import RemoteEagle3Backend, verify
 from eagle3_client.cli import app
 from eagle3_client.verify_local import LocalTarget
 from eagle3_client.verify_report import VerifyReport
-from eagle3_schemas import DraftVocab
+from eagle3_schemas import DraftVocab, tokenizer_digest
 from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.supervision import pack_bits, unpack_bits
 from eagle3_server import TransformersTarget
@@ -255,3 +255,28 @@ def test_the_command(live_server: Any, checkpoint: Path, tmp_path: Path, build_m
     assert CliRunner().invoke(app, ["verify", *options]).exit_code == 2
     gone = CliRunner().invoke(app, ["verify", "http://127.0.0.1:9", *options])
     assert gone.exit_code == 1
+
+
+def test_the_command_tells_a_server_that_refuses_from_an_option_that_cannot_work(
+    live_server: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    digest = tokenizer_digest(tokenizer_of(checkpoint))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        save_with_tokenizer(tmp_path / "shallow", num_hidden_layers=6)
+    )
+    target = TransformersTarget(model, model_id="shallow", tokenizer_digest=digest)
+    url = live_server(target, token="right")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["verify", url, "--text", str(text), "--tokenizer", str(checkpoint)]
+    token = {"EAGLE3_TOKEN": "right"}
+    refused = CliRunner().invoke(app, command, env=token)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "name three aux_layer_ids in the request or on the server, as 0,2,4" in refused.stderr
+    assert CliRunner().invoke(app, [*command, "--aux-layer-ids", "0,2,9"], env=token).exit_code == 2
+    wrong = CliRunner().invoke(app, command, env={"EAGLE3_TOKEN": "wrong"})
+    assert (wrong.exit_code, wrong.stderr) == (
+        1,
+        f"the bearer token is none of the server's (url={url})\n"
+        "-> set EAGLE3_TOKEN to a token that the server was started with\n",
+    )
