@@ -265,9 +265,6 @@ def verify(
     except InvalidRequest as exc:
         typer.secho(str(exc), err=True)
         raise typer.Exit(2) from exc
-    except RemoteEagle3Error as exc:
-        typer.secho(str(exc), err=True)
-        raise typer.Exit(1) from exc
     typer.echo(render(reports, as_json=as_json))
     raise typer.Exit(0 if all(report.has_passed for report in reports) else 1)
 

@@ -13,7 +13,7 @@ import transformers
 from tests.tiny_tokenizer import VOCAB_SIZE, save_with_tokenizer
 from typer.testing import CliRunner
 
-from eagle3_client import RemoteEagle3Backend, verify
+from eagle3_client import RemoteEagle3Backend, verify, verify_served
 from eagle3_client.cli import app
 from eagle3_client.verify_local import LocalTarget
 from eagle3_client.verify_report import VerifyReport
@@ -91,7 +91,7 @@ class Planted(TransformersTarget):
 @pytest.fixture
 def run(serve: Any, model: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`run(error, …)`: the reports of servers, each with a planted error or none."""
-    monkeypatch.setattr(verify, "_DRAFT_VOCAB_SIZE", 150)  # less than V: masks have zeros
+    monkeypatch.setattr(verify_served, "_DRAFT_VOCAB_SIZE", 150)  # less than V: masks have zeros
 
     def build(*errors: str, local: bool = False, tokenizer: Any = None, **how: Any) -> Any:
         backends = []
@@ -103,9 +103,9 @@ def run(serve: Any, model: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatc
                 "http://target", transport=serve(target), encoding="probs", rows="loss_mask"
             )
             backends.append((f"http://server-{number}", backend))
-        copy = LocalTarget(model) if local else None
+        load = (lambda _dtype: LocalTarget(model)) if local else None
         reports: list[VerifyReport] = verify.verify(
-            backends, tokenizer or tokenizer_of(checkpoint), TEXT, copy
+            backends, tokenizer or tokenizer_of(checkpoint), TEXT, load
         )
         for _, backend in backends:
             backend.close()
@@ -255,3 +255,52 @@ def test_the_command(live_server: Any, checkpoint: Path, tmp_path: Path, build_m
     assert CliRunner().invoke(app, ["verify", *options]).exit_code == 2
     gone = CliRunner().invoke(app, ["verify", "http://127.0.0.1:9", *options])
     assert gone.exit_code == 1
+
+
+def test_each_server_has_its_report_whatever_another_does(
+    live_server: Any, checkpoint: Path, tmp_path: Path, model: Any
+) -> None:
+    class Foreign(Planted):
+        """Its masks mark positions that the request's loss mask does not."""
+
+        def supervise(self, job: Any) -> Any:
+            result = super().supervise(job)
+            mask = torch.ones(job.input_ids.shape, dtype=torch.bool)
+            result.tensors["position_mask"] = pack_bits(mask)
+            return result
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    foreign, right = (live_server(each(model, model_id="tiny")) for each in (Foreign, Planted))
+    gone = "http://127.0.0.1:9"
+    command = ["verify", gone, foreign, right, "--text", str(text)]
+    command += ["--tokenizer", str(checkpoint), "--model", str(checkpoint), "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    document = json.loads(done.stdout)
+    assert document["passed"] is False
+    assert [(each["url"], each["passed"]) for each in document["servers"]] == [
+        (gone, False), (foreign, False), (right, True),
+    ]  # fmt: skip
+    unreached, refused, full = (each["checks"] for each in document["servers"])
+    assert [*unreached] == ["reachable"]
+    assert unreached["reachable"]["remedy"].startswith("nothing listens there: start the server")
+    assert refused["batch"]["status"] == "failed"
+    assert "outside the shifted loss_mask" in refused["batch"]["detail"]
+    assert {"hooks", "tokenizer"} < refused.keys()
+    assert {"mapping", "text", "aux_layers", "supervision"} < full.keys()
+
+
+def test_a_server_that_refuses_is_named_with_its_words(
+    live_server: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAGLE3_TOKEN", "another")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    url = live_server(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), token="right")
+    command = ["verify", url, "--text", str(text), "--tokenizer", str(checkpoint)]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 1
+    assert told.stdout.splitlines()[0] == url
+    assert "FAILED   auth           the bearer token is none of" in told.stdout
+    assert "-> set EAGLE3_TOKEN" in told.stdout
