@@ -17,9 +17,9 @@ from torch import Tensor
 from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.preflight_report import Check
 from eagle3_client.verify_report import VerifyReport
-from eagle3_client.verify_served import Served, ask, kl, places
+from eagle3_client.verify_served import Served, ask, ask_position_mask, kl, places
 from eagle3_client.verify_server import failure, self_checks
-from eagle3_schemas import ModelInfo
+from eagle3_schemas import ModelInfo, shift_left_with_zero
 from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 from eagle3_schemas.tokenizer import tokenizer_digest
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 ROWS, LENGTH = 4, 128
 _FEWEST_TOKENS = 48
 _OFFSETS = (-2, -1, 0, 1, 2)
+_SUM_TOLERANCE = 1e-3
+_HOLE_EVERY = 3  # tokens
+_MAY_TURN = 0.01  # of the positions
 _NATS = 1.0  # what a right answer has to be better by
 _SAME_TOP = 0.99  # of the positions
 _SHIFTED_TOP = 0.9  # the same, of rows shifted back: those at the ends are lost
@@ -73,11 +76,14 @@ def verify(
             if checks["tokenizer"].status != "failed":
                 step = "batch"
                 served = ask(backend, info, input_ids, aux_layer_ids or info.aux_layer_ids or ())
+                checks |= {
+                    "mapping": _mapping(served), "text": _text(served), "row_sums": _sums(served),
+                }  # fmt: skip
+                step = "position_mask"
+                checks[step] = _position_mask(backend, served, checks["mapping"])
         except RemoteEagle3Error as exc:
             checks |= failure(step, exc)
         if served is not None:
-            checks["mapping"] = _mapping(served)
-            checks["text"] = _text(served)
             if load is not None:
                 local = local or load(served.info.dtype)
                 checks |= local.compare(served)
@@ -118,6 +124,57 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
     rows = max(len(ids) // LENGTH, 1)
     length = len(ids) // rows
     return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def _sums(served: Served) -> Check:
+    """Ask whether each supervised row is a distribution."""
+    rows = served.target_probs[:, :-1]  # nothing follows the last
+    sums = rows.double().sum(-1)
+    is_one = ((sums - 1).abs() <= _SUM_TOLERANCE) & (rows >= 0).all(-1)  # false for NaN
+    wrong, count = int((~is_one).sum()), is_one.numel()
+    worst = float((sums - 1).abs().max())
+    values = {"largest_difference": worst, "rows": count}
+    if not wrong:
+        return Check("ok", f"{count} rows of target_probs sum to 1, to {worst:.1e}", None, values)
+    example = float(sums[~is_one][0])
+    return Check(
+        "failed",
+        f"{wrong} of {count} rows of target_probs are no distributions (one sums to {example:.3g}, "
+        "not to 1)",
+        "the loss would weigh positions wrongly: do not train on it, and report this",
+        values,
+    )
+
+
+def _position_mask(backend: RemoteEagle3Backend, served: Served, mapping: Check) -> Check:
+    """Ask whether position_mask heeds a loss mask that does not mark every token.
+
+    Raises:
+        RemoteEagle3Error: as `ask`; the client refuses marks outside the loss mask.
+    """
+    if mapping.status == "failed":
+        return Check("skipped", "where every token is supervised, the mapping failed")
+    loss_mask = torch.ones_like(served.input_ids)
+    loss_mask[:, ::_HOLE_EVERY] = 0
+    got = ask_position_mask(backend, served, loss_mask)
+    supervised = shift_left_with_zero(loss_mask).bool()
+    expected = supervised & torch.isin(served.argmax, served.selected_token_ids)
+    outside = int((got & ~supervised).sum())
+    wrong, count = int((got ^ expected).sum()), int(supervised.sum())
+    values = {"wrong": wrong, "outside": outside, "supervised": count}
+    # A head that runs for fewer rows may round otherwise, and turn logits that are equal in 16 bit.
+    allowed = 0 if served.info.dtype == "float32" else _MAY_TURN * count
+    if not outside and wrong <= allowed:
+        words = f"of a loss mask with holes: set where it is and the argmax is in vocab ({count})"
+        return Check("ok", words, None, values)
+    return Check(
+        "failed",
+        f"with a loss mask that has holes, position_mask is wrong at {wrong} positions, {outside} "
+        f"of them outside the {count} that the shifted loss mask marks",
+        "the loss would be of other tokens than the loss mask says: do not train on it, and report "
+        "this",
+        values,
+    )
 
 
 def _mapping(served: Served) -> Check:

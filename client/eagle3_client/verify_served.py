@@ -61,6 +61,18 @@ def ask(
     )
 
 
+def ask_position_mask(backend: RemoteEagle3Backend, served: Served, loss_mask: Tensor) -> Tensor:
+    """Return the position_mask [B, T] of the same text under another loss mask [B, T].
+
+    Raises:
+        RemoteEagle3Error: as `ask`.
+    """
+    every = torch.ones_like(served.input_ids)
+    batch = backend.generate_batch(served.input_ids, every, loss_mask)
+    assert batch.position_mask is not None
+    return batch.position_mask[..., 0].cpu()
+
+
 def places(served: Served) -> Tensor:
     """Return each token id's column [V]; -1 outside the draft vocab."""
     place = torch.full((served.info.vocab_size,), -1)
