@@ -18,7 +18,7 @@ from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.preflight_report import Check
 from eagle3_client.verify_report import VerifyReport
 from eagle3_client.verify_served import Served, ask, ask_position_mask, kl, places
-from eagle3_client.verify_server import failure, self_checks
+from eagle3_client.verify_server import MASK_REMEDY, failure, self_checks
 from eagle3_schemas import ModelInfo, shift_left_with_zero
 from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 from eagle3_schemas.tokenizer import tokenizer_digest
@@ -165,14 +165,13 @@ def _position_mask(backend: RemoteEagle3Backend, served: Served, mapping: Check)
     # A head that runs for fewer rows may round otherwise, and turn logits that are equal in 16 bit.
     allowed = 0 if served.info.dtype == "float32" else _MAY_TURN * count
     if not outside and wrong <= allowed:
-        words = f"of a loss mask with holes: set where it is and the argmax is in vocab ({count})"
+        words = f"heeds a loss mask with holes ({count} positions), and the draft vocab"
         return Check("ok", words, None, values)
     return Check(
         "failed",
         f"with a loss mask that has holes, position_mask is wrong at {wrong} positions, {outside} "
         f"of them outside the {count} that the shifted loss mask marks",
-        "the loss would be of other tokens than the loss mask says: do not train on it, and report "
-        "this",
+        MASK_REMEDY,
         values,
     )
 

@@ -13,6 +13,7 @@ from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.check_command import (
     load_tokenizer,
     named_servers,
+    printable,
     read_text,
     split_ids,
     terminal_width,
@@ -72,4 +73,4 @@ def render(reports: Sequence[VerifyReport], *, as_json: bool) -> str:
         }
         return json.dumps(document, indent=2)
     width = terminal_width()
-    return "\n\n".join(report.to_text(width) for report in reports)
+    return printable("\n\n".join(report.to_text(width) for report in reports))

@@ -9,7 +9,13 @@ from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.preflight_compare import failed
 from eagle3_client.preflight_report import Check, Status
 from eagle3_schemas import ModelInfo
-from eagle3_schemas.errors import NotReady, RemoteEagle3Error, TargetFailed, Unauthorized
+from eagle3_schemas.errors import (
+    NotReady,
+    ProtocolMismatch,
+    RemoteEagle3Error,
+    TargetFailed,
+    Unauthorized,
+)
 
 _STATUS: Final[dict[str, Status]] = {"passed": "ok", "not_applicable": "skipped"}
 _REMEDIES: Final = {
@@ -22,6 +28,9 @@ _REMEDIES: Final = {
     "bits_repeat": "do not rely on exact=True with it: restart the server, which finds this out "
     "when it loads the target, and refuses exact then",
 }
+MASK_REMEDY: Final = (
+    "the loss would be of other tokens than the loss mask says: do not train on it, and report this"
+)
 _OTHERWISE: Final = "do not train on what it supervises: restart it, and report this"
 
 
@@ -66,4 +75,6 @@ def failure(step: str, error: RemoteEagle3Error) -> dict[str, Check]:
     check = failed(error)
     if isinstance(error, TargetFailed):
         check = replace(check, remedy="read the server's log under this request id")
+    if isinstance(error, ProtocolMismatch) and step == "position_mask":
+        check = replace(check, remedy=MASK_REMEDY)
     return {step: check}

@@ -12,6 +12,7 @@ import transformers
 from tests.client.verify.planted import TEXT, Planted
 from typer.testing import CliRunner
 
+from eagle3_client import verify_command
 from eagle3_client.cli import app
 from eagle3_schemas.supervision import pack_bits
 
@@ -87,3 +88,16 @@ def test_a_server_that_refuses_is_named_with_its_words(
     assert told.stdout.splitlines()[0] == url
     assert "FAILED   auth           the bearer token is none of" in told.stdout
     assert "-> set EAGLE3_TOKEN" in told.stdout
+
+
+def test_a_terminal_without_unicode_has_its_report(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_command, "_RETRY_FOR_S", 0.1)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["verify", "http://127.0.0.1:9", "--text", str(text), "--tokenizer", str(checkpoint)]
+    told = CliRunner(charset="ascii").invoke(app, command)
+    assert told.exit_code == 1
+    assert "FAILED   reachable" in told.stdout
+    assert "serve MODEL --host ?" in told.stdout
