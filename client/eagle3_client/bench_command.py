@@ -13,7 +13,6 @@ import typer
 from eagle3_client.bench import Bench
 from eagle3_client.bench_plan import BenchPlan
 from eagle3_client.check_command import (
-    command_words,
     device_named,
     load_tokenizer,
     named_servers,
@@ -23,8 +22,9 @@ from eagle3_client.check_command import (
     terminal_width,
 )
 from eagle3_client.config import ClientSettings, check_device
+from eagle3_client.json_answers import end_with
 from eagle3_client.preflight_compare import failed
-from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error, Unauthorized
+from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 
 _RETRY_FOR_S = 10.0
 _INTERRUPTED = 130  # as shells say it
@@ -101,12 +101,9 @@ def bench(
         )
         report = Bench(settings, plan).run()
     except InvalidRequest as exc:
-        typer.secho(str(exc), err=True)
-        raise typer.Exit(2) from exc
+        end_with(exc, 2, as_json=as_json)
     except RemoteEagle3Error as exc:
-        remedy = "" if isinstance(exc, Unauthorized) else f"\n-> {failed(exc).remedy}"
-        typer.secho(command_words(exc) + remedy, err=True)
-        raise typer.Exit(1) from exc
+        end_with(exc, 1, as_json=as_json, remedy=failed(exc).remedy)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -11,6 +11,7 @@ import torch
 from eagle3_client.bench_plan import BenchPlan
 from eagle3_client.bench_shares import FULL_SHARE, STAGES, Figures, Visit
 from eagle3_client.config import ClientSettings
+from eagle3_client.json_answers import rounded
 from eagle3_client.preflight_report import Check, as_lines, wrapped
 from eagle3_schemas import DraftVocab, ModelInfo
 
@@ -196,7 +197,7 @@ class BenchReport:
                     "status": "ok" if cell.trouble is None else cell.trouble.status,
                     "detail": cell.trouble and cell.trouble.detail,
                     "remedy": cell.trouble and cell.trouble.remedy,
-                    "figures": _rounded(asdict(found)) if (found := cell.figures) else None,
+                    "figures": rounded(asdict(found)) if (found := cell.figures) else None,
                 }
                 for cell in self.cells
             ],
@@ -294,10 +295,3 @@ def _say_ms(value: float | None) -> str:
 
 def _share(share: float | None, form: str) -> str:
     return "" if share is None else form.format(f"{share:.0%}")
-
-
-def _rounded(value: Any) -> Any:
-    """Round the numbers of JSON values; nobody needs more."""
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    return round(value, 4) if isinstance(value, float) else value

@@ -14,9 +14,8 @@ import torch
 
 from eagle3_client.config import ClientSettings, split_urls
 from eagle3_client.preflight import run_preflight
-from eagle3_client.preflight_compare import failed
 from eagle3_client.preflight_report import PreflightReport
-from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error, Unauthorized
+from eagle3_schemas.errors import InvalidRequest
 from eagle3_schemas.tokenizer import HasVocab
 
 _IDS_KEY = "eagle_aux_hidden_state_layer_ids"
@@ -108,14 +107,6 @@ def terminal_width() -> int:
     if not sys.stdout.isatty():
         return _NO_TTY_WIDTH
     return min(max(shutil.get_terminal_size((_NO_TTY_WIDTH, 24)).columns, 60), 120)
-
-
-def command_words(error: RemoteEagle3Error) -> str:
-    """Return an error as a command says it: without what is for who calls from code."""
-    if not isinstance(error, Unauthorized):
-        return str(error)
-    check = failed(error)
-    return f"{check.detail} (url={error.url})\n-> {check.remedy}"
 
 
 class DraftConfig(NamedTuple):

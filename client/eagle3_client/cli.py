@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from eagle3_client.bench_command import bench
+from eagle3_client.json_answers import JsonCommand, end_with
 from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 
 app = typer.Typer(
@@ -159,7 +160,7 @@ def serve(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=JsonCommand)
 def check(
     urls: Annotated[
         list[str] | None,
@@ -224,13 +225,12 @@ def check(
             time_limit_s=time_limit_s,
         )
     except InvalidRequest as exc:
-        typer.secho(str(exc), err=True)
-        raise typer.Exit(2) from exc
+        end_with(exc, 2, as_json=as_json)
     typer.echo(render(report, as_json=as_json))
     raise typer.Exit(0 if report.has_passed else 1)
 
 
-@app.command()
+@app.command(cls=JsonCommand)
 def verify(
     text: Annotated[Path, typer.Option(help="File of ordinary text, a few hundred words.")],
     tokenizer: Annotated[
@@ -256,23 +256,19 @@ def verify(
     The token comes from EAGLE3_TOKEN. Exit code 0: nothing failed; 1: something did, or a server
     cannot be asked; 2: an option that cannot work.
     """
-    from eagle3_client.check_command import command_words
     from eagle3_client.verify_command import render, verify_servers
 
     try:
         reports = verify_servers(
             urls or (), tokenizer=tokenizer, text=text, model=model, aux_layer_ids=aux_layer_ids
         )
-    except RemoteEagle3Error as exc:
-        typer.secho(command_words(exc), err=True)
-        # A server's refusal of its own default layers is no wrong option.
-        is_option = isinstance(exc, InvalidRequest) and (aux_layer_ids or exc.url is None)
-        raise typer.Exit(2 if is_option else 1) from exc
+    except InvalidRequest as exc:
+        end_with(exc, 2, as_json=as_json)
     typer.echo(render(reports, as_json=as_json))
     raise typer.Exit(0 if all(report.has_passed for report in reports) else 1)
 
 
-app.command()(bench)
+app.command(cls=JsonCommand)(bench)
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor
 from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.preflight_report import Check
 from eagle3_client.verify_report import VerifyReport
-from eagle3_client.verify_server import self_checks
-from eagle3_schemas import ModelInfo
-from eagle3_schemas.errors import InvalidRequest
+from eagle3_client.verify_served import Served, ask, ask_position_mask, kl, places
+from eagle3_client.verify_server import MASK_REMEDY, failure, self_checks
+from eagle3_schemas import ModelInfo, shift_left_with_zero
+from eagle3_schemas.errors import InvalidRequest, RemoteEagle3Error
 from eagle3_schemas.tokenizer import tokenizer_digest
 
 if TYPE_CHECKING:
@@ -28,66 +28,64 @@ if TYPE_CHECKING:
 
 ROWS, LENGTH = 4, 128
 _FEWEST_TOKENS = 48
-_DRAFT_VOCAB_SIZE = 4096
 _OFFSETS = (-2, -1, 0, 1, 2)
+_SUM_TOLERANCE = 1e-3
+_HOLE_EVERY = 3  # tokens
+_MAY_TURN = 0.01  # of the positions
 _NATS = 1.0  # what a right answer has to be better by
 _SAME_TOP = 0.99  # of the positions
 _SHIFTED_TOP = 0.9  # the same, of rows shifted back: those at the ends are lost
 _SAME_REPLICA = 0.02  # mean KL, nats: other kernels and devices stay far below
 
 
-@dataclass(frozen=True)
-class Served:
-    """What a server sent of the text. B rows of T tokens, D draft-vocab ids in no order."""
-
-    info: ModelInfo
-    input_ids: Tensor  # [B, T]
-    selected_token_ids: Tensor  # [D]
-    aux_layer_ids: tuple[int, ...]
-    aux_hidden_states: Tensor  # [B, T, 3H]
-    target_probs: Tensor  # [B, T, D], every supervised row
-    position_mask: Tensor  # [B, T] bool
-    argmax: Tensor  # [B, T], over the whole vocab
-
-
 def verify(
     backends: Sequence[tuple[str, RemoteEagle3Backend]],
     tokenizer: Any,
     text: str,
-    local: LocalTarget | None = None,
+    load: Callable[[str], LocalTarget] | None = None,
     aux_layer_ids: tuple[int, ...] | None = None,
 ) -> list[VerifyReport]:
-    """Verify servers of one target; the first is what the others are compared with.
+    """Verify servers of one target; the first that answers is what others are compared with.
+
+    A server that cannot be asked, or answers what the client refuses, has a report that says so.
 
     Args:
         backends: each server's URL, and a backend of it alone with `rows="loss_mask"`, encoding
             `probs`. Their draft vocab is set here.
         tokenizer: transformers' tokenizer of the target.
         text: ordinary text of a kind that the target knows, a few hundred words.
-        local: a copy of the target to compare with.
+        load: returns a copy of the target in the dtype named, to compare with.
         aux_layer_ids: those that the backends were built with, if any.
 
     Raises:
-        InvalidRequest: the text has too few tokens.
-        RemoteEagle3Error: a server cannot be asked.
+        InvalidRequest: the text has too few tokens, or the copy cannot be used.
     """
+    input_ids = _tokens(tokenizer, text)
     reports: list[VerifyReport] = []
     first: Served | None = None
+    local: LocalTarget | None = None
     for url, backend in backends:
         started = time.monotonic()
-        info = backend.model_info()
-        input_ids = _tokens(tokenizer, text)
-        checks = {
-            **self_checks(backend),
-            "tokenizer": _tokenizer(tokenizer, info, int(input_ids.max())),
-        }
-        served = None
-        if checks["tokenizer"].status != "failed":
-            layers = aux_layer_ids or info.aux_layer_ids or ()
-            served = _ask(backend, info, input_ids, layers)
-            checks["mapping"] = _mapping(served)
-            checks["text"] = _text(served)
-            if local is not None:
+        checks: dict[str, Check] = {}
+        served, step = None, "reachable"
+        try:
+            info = backend.model_info()
+            step = "self_check"
+            checks |= self_checks(backend)
+            checks["tokenizer"] = _tokenizer(tokenizer, info, int(input_ids.max()))
+            if checks["tokenizer"].status != "failed":
+                step = "batch"
+                served = ask(backend, info, input_ids, aux_layer_ids or info.aux_layer_ids or ())
+                checks |= {
+                    "mapping": _mapping(served), "text": _text(served), "row_sums": _sums(served),
+                }  # fmt: skip
+                step = "position_mask"
+                checks[step] = _position_mask(backend, served, checks["mapping"])
+        except RemoteEagle3Error as exc:
+            checks |= failure(step, exc)
+        if served is not None:
+            if load is not None:
+                local = local or load(served.info.dtype)
                 checks |= local.compare(served)
             if first is not None:
                 checks["replica"] = _replica(served, first)
@@ -128,32 +126,53 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
-def _ask(
-    backend: RemoteEagle3Backend, info: ModelInfo, input_ids: Tensor, layers: tuple[int, ...]
-) -> Served:
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.zeros(info.vocab_size, dtype=torch.bool)
-    mask[input_ids.flatten()] = True
-    others = (~mask).nonzero()[:, 0]
-    others = others[torch.randperm(len(others), generator=generator)]
-    mask[others[: max(_DRAFT_VOCAB_SIZE - int(mask.sum()), 0)]] = True
-    ids = mask.nonzero()[:, 0]
-    ids = ids[torch.randperm(len(ids), generator=generator)]  # an order that a sort would change
-    backend.set_vocab_mapping(ids, mask)
-    every = torch.ones_like(input_ids)
-    batch = backend.generate_batch(input_ids, every, every)
-    captured = backend.capture(input_ids, every, every, outputs=("argmax",))
-    assert batch.target_probs is not None
-    assert batch.position_mask is not None
-    return Served(
-        info,
-        input_ids,
-        ids,
-        layers,
-        batch.aux_hidden_states.cpu(),
-        batch.target_probs.cpu(),
-        batch.position_mask[..., 0].cpu(),
-        captured.argmax.cpu(),
+def _sums(served: Served) -> Check:
+    """Ask whether each supervised row is a distribution."""
+    rows = served.target_probs[:, :-1]  # nothing follows the last
+    sums = rows.double().sum(-1)
+    is_one = ((sums - 1).abs() <= _SUM_TOLERANCE) & (rows >= 0).all(-1)  # false for NaN
+    wrong, count = int((~is_one).sum()), is_one.numel()
+    worst = float((sums - 1).abs().max())
+    values = {"largest_difference": worst, "rows": count}
+    if not wrong:
+        return Check("ok", f"{count} rows of target_probs sum to 1, to {worst:.1e}", None, values)
+    example = float(sums[~is_one][0])
+    return Check(
+        "failed",
+        f"{wrong} of {count} rows of target_probs are no distributions (one sums to {example:.3g}, "
+        "not to 1)",
+        "the loss would weigh positions wrongly: do not train on it, and report this",
+        values,
+    )
+
+
+def _position_mask(backend: RemoteEagle3Backend, served: Served, mapping: Check) -> Check:
+    """Ask whether position_mask heeds a loss mask that does not mark every token.
+
+    Raises:
+        RemoteEagle3Error: as `ask`; the client refuses marks outside the loss mask.
+    """
+    if mapping.status == "failed":
+        return Check("skipped", "where every token is supervised, the mapping failed")
+    loss_mask = torch.ones_like(served.input_ids)
+    loss_mask[:, ::_HOLE_EVERY] = 0
+    got = ask_position_mask(backend, served, loss_mask)
+    supervised = shift_left_with_zero(loss_mask).bool()
+    expected = supervised & torch.isin(served.argmax, served.selected_token_ids)
+    outside = int((got & ~supervised).sum())
+    wrong, count = int((got ^ expected).sum()), int(supervised.sum())
+    values = {"wrong": wrong, "outside": outside, "supervised": count}
+    # A head that runs for fewer rows may round otherwise, and turn logits that are equal in 16 bit.
+    allowed = 0 if served.info.dtype == "float32" else _MAY_TURN * count
+    if not outside and wrong <= allowed:
+        words = f"heeds a loss mask with holes ({count} positions), and the draft vocab"
+        return Check("ok", words, None, values)
+    return Check(
+        "failed",
+        f"with a loss mask that has holes, position_mask is wrong at {wrong} positions, {outside} "
+        f"of them outside the {count} that the shifted loss mask marks",
+        MASK_REMEDY,
+        values,
     )
 
 
@@ -171,7 +190,7 @@ def _mapping(served: Served) -> Check:
             "shifted: restart it, and report this",
         )
     where = in_vocab.nonzero(as_tuple=True)
-    columns = _places(served)[served.argmax[where]][:, None]
+    columns = places(served)[served.argmax[where]][:, None]
 
     def share_of_top(by: int) -> float:
         rows = served.target_probs.roll(by, dims=1)[where]
@@ -203,19 +222,12 @@ def _mapping(served: Served) -> Check:
     )
 
 
-def _places(served: Served) -> Tensor:
-    """Return each token id's column [V]; -1 outside the draft vocab."""
-    place = torch.full((served.info.vocab_size,), -1)
-    place[served.selected_token_ids] = torch.arange(len(served.selected_token_ids))
-    return place
-
-
 def _log_likelihoods(served: Served) -> dict[int, float]:
     """Return the mean ln p of the token that stands k further than the one to be predicted.
 
     Column t is of the token at t + 2: `target_probs` are shifted, and predict what follows.
     """
-    place = _places(served)
+    place = places(served)
     length = served.input_ids.shape[1]
     columns = torch.arange(2, length - 4)
     found = {}
@@ -256,12 +268,6 @@ def _text(served: Served) -> Check:
         "ok", f"the tokens that follow have perplexity {perplexity:,.1f} of "
         f"{len(served.selected_token_ids):,}", None, values,
     )  # fmt: skip
-
-
-def kl(expected: Tensor, got: Tensor) -> float:
-    """Return the mean KL divergence of rows of probabilities, nats."""
-    expected, got = expected.double().clamp_min(1e-12), got.double().clamp_min(1e-12)
-    return float((expected * (expected.log() - got.log())).sum(-1).mean())
 
 
 def _replica(served: Served, first: Served) -> Check:

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from eagle3_client.backend import RemoteEagle3Backend
 from eagle3_client.check_command import (
     load_tokenizer,
     named_servers,
+    printable,
     read_text,
     split_ids,
     terminal_width,
@@ -35,7 +37,6 @@ def verify_servers(
 
     Raises:
         InvalidRequest: an option that cannot work, with what would.
-        RemoteEagle3Error: a server cannot be asked.
     """
     named = named_servers(urls)
     layers = None if aux_layer_ids is None else split_ids(aux_layer_ids)
@@ -58,10 +59,8 @@ def verify_servers(
             )
             for url in named
         ]
-        local = None
-        if model is not None:
-            local = LocalTarget.load(model, backends[0][1].model_info().dtype)
-        return verify(backends, loaded, words, local, layers)
+        load = None if model is None else partial(LocalTarget.load, model)
+        return verify(backends, loaded, words, load, layers)
 
 
 def render(reports: Sequence[VerifyReport], *, as_json: bool) -> str:
@@ -74,4 +73,4 @@ def render(reports: Sequence[VerifyReport], *, as_json: bool) -> str:
         }
         return json.dumps(document, indent=2)
     width = terminal_width()
-    return "\n\n".join(report.to_text(width) for report in reports)
+    return printable("\n\n".join(report.to_text(width) for report in reports))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eagle3_client.preflight_report import Check
-from eagle3_client.verify import Served, kl
+from eagle3_client.verify_served import Served, kl
 from eagle3_schemas import shift_left_with_zero
 from eagle3_schemas.errors import InvalidRequest
 

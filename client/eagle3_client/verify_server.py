@@ -1,12 +1,21 @@
-"""What a server finds of its target when `verify` asks it to repeat its load-time checks."""
+"""What a server finds of its target when `verify` asks it to repeat its checks, or why not."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from eagle3_client.backend import RemoteEagle3Backend
+from eagle3_client.preflight_compare import failed
 from eagle3_client.preflight_report import Check, Status
 from eagle3_schemas import ModelInfo
+from eagle3_schemas.errors import (
+    NotReady,
+    ProtocolMismatch,
+    RemoteEagle3Error,
+    TargetFailed,
+    Unauthorized,
+)
 
 _STATUS: Final[dict[str, Status]] = {"passed": "ok", "not_applicable": "skipped"}
 _REMEDIES: Final = {
@@ -19,6 +28,9 @@ _REMEDIES: Final = {
     "bits_repeat": "do not rely on exact=True with it: restart the server, which finds this out "
     "when it loads the target, and refuses exact then",
 }
+MASK_REMEDY: Final = (
+    "the loss would be of other tokens than the loss mask says: do not train on it, and report this"
+)
 _OTHERWISE: Final = "do not train on what it supervises: restart it, and report this"
 
 
@@ -54,3 +66,15 @@ def _load_time(info: ModelInfo) -> Check:
     ]
     words = "this server cannot repeat its checks; at load it proved: " + "; ".join(found)
     return Check("skipped", words, values={"head": info.head, "packing": info.packing})
+
+
+def failure(step: str, error: RemoteEagle3Error) -> dict[str, Check]:
+    """Return the check that an error ended, by the step's name or what `check` calls it."""
+    if isinstance(error, (NotReady, Unauthorized)):
+        step = "ready" if isinstance(error, NotReady) else "auth"
+    check = failed(error)
+    if isinstance(error, TargetFailed):
+        check = replace(check, remedy="read the server's log under this request id")
+    if isinstance(error, ProtocolMismatch) and step == "position_mask":
+        check = replace(check, remedy=MASK_REMEDY)
+    return {step: check}

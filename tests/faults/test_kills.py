@@ -16,6 +16,7 @@ from tests.fuzz.mutations import how_many, seed_of
 from tests.processes import is_alive
 
 import eagle3_client.connection as connection_module
+import eagle3_client.wire as wire_module
 from eagle3_client import FingerprintMismatch, TransportError
 from eagle3_client.receiving import fresh
 from eagle3_schemas.errors import PoisonRequest
@@ -108,7 +109,7 @@ def test_a_server_that_is_killed_while_its_answer_is_taken(
     supervise(one)
     backend = trainer(one.url)
     inputs, expected = undisturbed(30)
-    receive, decode = connection_module.receive, connection_module.decode
+    receive, decode = wire_module.receive, connection_module.decode
     tenth = itertools.count(-9)
 
     def receiving(response: Any, take: Any, url: str) -> Any:
@@ -123,7 +124,7 @@ def test_a_server_that_is_killed_while_its_answer_is_taken(
         return decode(body)
 
     if stage == "receive":
-        monkeypatch.setattr(connection_module, "receive", receiving)
+        monkeypatch.setattr(wire_module, "receive", receiving)
     else:
         monkeypatch.setattr(connection_module, "decode", decoding)
     assert train(remote(backend, inputs)) == expected

@@ -153,7 +153,7 @@ def command(checkpoint: Path, urls_file: Path) -> Iterator[Command]:
     )  # fmt: skip
     started.port = port
     try:
-        started.wait_for("wrote them to")
+        started.wait_for("trainers use EAGLE3_URLS=")
         yield started
     finally:
         started.close()

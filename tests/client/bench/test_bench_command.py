@@ -177,6 +177,49 @@ def test_without_a_server_it_says_how_to_name_one() -> None:
     )  # fmt: skip
 
 
+def test_json_is_a_document_where_nothing_was_measured(
+    url: str, build_model: Any, live_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = live_server(build_model("gemma2"), token=TOKEN)
+    gone = "http://127.0.0.1:9"
+    for arguments, code, kind, words in (
+        ((gone, "--time-limit", 1), 1, "transport_error", "nothing listens there"),
+        ((url, other), 1, "fingerprint_mismatch", "serve one model"),
+        ((), 2, "invalid_request", "name a server, as http://host:port"),
+        ((gone, "--prefetch", "1,x"), 2, "invalid_request", "--prefetch must be as 1,2,4"),
+        ((gone, "--steps", "x"), 2, "invalid_request", "'--steps'"),
+    ):
+        result = bench(*arguments, "--json")
+        assert result.exit_code == code, result.output
+        document = json.loads(result.stdout)
+        assert (document["format"], document["passed"]) == (1, False)
+        error = document["error"]
+        assert [*error] == ["code", "detail", "remedy"]
+        assert error["code"] == kind
+        assert words in f"{error['detail']} {error['remedy']}"
+        assert words in result.stderr
+    monkeypatch.setenv("EAGLE3_TOKEN", "another-token")
+    assert json.loads(bench(url, "--json").stdout)["error"]["code"] == "unauthorized"
+    assert bench(gone, "--steps", "x").stdout == ""
+
+
+@pytest.mark.parametrize("command", ["check", "verify"])
+def test_json_of_the_other_commands_is_one_too(command: str, tmp_path: Path) -> None:
+    needed = ("--text", tmp_path / "none.txt", "--tokenizer", tmp_path)
+    given = needed if command == "verify" else ()
+    for options, words in (
+        (given, "name a server, as http://host:port"),
+        ((*given, "http://127.0.0.1:9", "--aux-layer-ids", "x"), "--aux-layer-ids must be as"),
+        ((*given, "--none"), "--none"),
+    ):
+        result = CliRunner().invoke(app, [command, *map(str, options), "--json"])
+        assert result.exit_code == 2, result.output
+        document = json.loads(result.stdout)
+        assert (document["passed"], document["error"]["code"]) == (False, "invalid_request")
+        assert words in document["error"]["detail"]
+        assert words in result.stderr
+
+
 def test_an_interrupt_prints_what_there_is_and_ends_with_130(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,120 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tests.tiny_tokenizer import VOCAB_SIZE, save_with_tokenizer
-from typer.testing import CliRunner
+from tests.client.verify.planted import failed, tokenizer_of
+from tests.tiny_tokenizer import VOCAB_SIZE
 
-from eagle3_client import RemoteEagle3Backend, verify
-from eagle3_client.cli import app
 from eagle3_client.verify_local import LocalTarget
-from eagle3_client.verify_report import VerifyReport
-from eagle3_schemas import DraftVocab, tokenizer_digest
 from eagle3_schemas.errors import InvalidRequest
-from eagle3_schemas.supervision import pack_bits, unpack_bits
-from eagle3_server import TransformersTarget
 
-TEXT = "the cat sat on my mat, which is big; a dog ran up. " * 12
 LAYERS = (1, 2, 3)  # defaults of seven layers
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny target that has learnt the text: only such a one expects what follows in it."""
-    path = save_with_tokenizer(tmp_path_factory.mktemp("models") / "tiny")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path)
-    ids = torch.tensor([tokenizer_of(path)(TEXT)["input_ids"][:512]]).view(4, 128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.7
-    model.save_pretrained(path)
-    return path
-
-
-def tokenizer_of(path: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(path)
-
-
-@pytest.fixture
-def model(checkpoint: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-
-
-class Planted(TransformersTarget):
-    """A target of which one thing is wrong."""
-
-    error = ""
-
-    def supervise(self, job: Any) -> Any:
-        if self.error.startswith("layers"):
-            by = int(self.error.removeprefix("layers"))
-            job = replace(job, aux_layer_ids=tuple(i + by for i in job.aux_layer_ids))
-        if self.error == "permuted":
-            ids = job.draft_vocab.selected_token_ids
-            job = replace(job, draft_vocab=DraftVocab.from_ids(ids.sort().values))
-        result = super().supervise(job)
-        if self.error.startswith(("shift", "rows")):
-            by = int(self.error.removeprefix("shift").removeprefix("rows"))
-            shape = job.input_ids.shape
-            probs = result.tensors["target_probs"]
-            rows = probs.view(shape[0], shape[1] - 1, -1)
-            result.tensors["target_probs"] = rows.roll(-by, dims=1).reshape(probs.shape)
-        if self.error.startswith("shift"):
-            mask = unpack_bits(result.tensors["position_mask"], shape)
-            mask[:, :-1] = mask[:, :-1].roll(-by, dims=1)
-            result.tensors["position_mask"] = pack_bits(mask)
-        if self.error == "mask":
-            result.tensors["position_mask"] = result.tensors["position_mask"] ^ 1
-        return result
-
-    def capture(self, job: Any) -> Any:
-        result = super().capture(job)
-        if self.error.startswith("shift") and "argmax" in result.tensors:
-            by = int(self.error.removeprefix("shift"))
-            rows = result.tensors["argmax"].view(job.input_ids.shape[0], -1)
-            result.tensors["argmax"] = rows.roll(-by, dims=1).flatten()
-        return result
-
-
-@pytest.fixture
-def run(serve: Any, model: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`run(error, …)`: the reports of servers, each with a planted error or none."""
-    monkeypatch.setattr(verify, "_DRAFT_VOCAB_SIZE", 150)  # less than V: masks have zeros
-
-    def build(*errors: str, local: bool = False, tokenizer: Any = None, **how: Any) -> Any:
-        backends = []
-        for number, error in enumerate(errors):
-            served = how.get("models", [model] * len(errors))[number]
-            target = Planted(served, model_id="tiny")
-            target.error = error
-            backend = RemoteEagle3Backend(
-                "http://target", transport=serve(target), encoding="probs", rows="loss_mask"
-            )
-            backends.append((f"http://server-{number}", backend))
-        copy = LocalTarget(model) if local else None
-        reports: list[VerifyReport] = verify.verify(
-            backends, tokenizer or tokenizer_of(checkpoint), TEXT, copy
-        )
-        for _, backend in backends:
-            backend.close()
-        return reports
-
-    return build
-
-
-def failed(report: VerifyReport) -> dict[str, str]:
-    return {n: c.detail for n, c in report.checks.items() if c.status == "failed"}
 
 
 def test_what_is_right_passes(run: Any) -> None:
@@ -123,7 +22,7 @@ def test_what_is_right_passes(run: Any) -> None:
     assert report.has_passed, str(report)
     assert [*report.checks] == [
         "hooks", "head", "packing", "bits_repeat",
-        "tokenizer", "mapping", "text", "aux_layers", "supervision",
+        "tokenizer", "mapping", "text", "row_sums", "position_mask", "aux_layers", "supervision",
     ]  # fmt: skip
     assert report.checks["text"].values["perplexity"] < 3
     assert report.checks["supervision"].values["kl"] < 1e-6
@@ -182,6 +81,24 @@ def test_a_mask_that_marks_other_positions_is_named(run: Any) -> None:
     assert "position_mask is wrong at" in failed(report)["mapping"]
 
 
+@pytest.mark.parametrize("error", ["loss mask", "thinned"])
+def test_a_mask_that_does_not_heed_the_loss_mask_is_named(run: Any, error: str) -> None:
+    """Shifted twice, say; where every token is supervised, that cannot be seen."""
+    (report,) = run(error)
+    assert failed(report).keys() == {"position_mask"}
+    words = {"loss mask": "outside the shifted loss_mask", "thinned": "position_mask is wrong at"}
+    assert words[error] in failed(report)["position_mask"]
+    assert "do not train on it" in str(report.checks["position_mask"].remedy)
+
+
+@pytest.mark.parametrize("error", ["halved", "negative", "nan"])
+def test_rows_that_are_no_distributions_are_named(run: Any, error: str) -> None:
+    (report,) = run(error)
+    assert "row_sums" in failed(report)
+    count = 1 if error in ("negative", "nan") else 508
+    assert f"{count} of 508 rows" in failed(report)["row_sums"]
+
+
 def test_a_wrong_replica_is_named(run: Any, build_model: Any, model: Any, checkpoint: Path) -> None:
     other = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     with torch.no_grad():
@@ -227,56 +144,6 @@ def test_a_wrong_tokenizer_shows_in_the_text(run: Any, checkpoint: Path) -> None
     assert "another tokenizer" in str(report.checks["text"].remedy)
 
 
-def test_a_short_text_is_refused(run: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(f"{__name__}.TEXT", "the cat")
+def test_a_short_text_is_refused(run: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"the text has \d+ tokens, and 48 are needed"):
-        run("")
-
-
-def test_the_command(live_server: Any, checkpoint: Path, tmp_path: Path, build_model: Any) -> None:
-    from eagle3_server import ServerSettings
-    from eagle3_server.loading import load_target
-
-    url = live_server(load_target(ServerSettings(model=str(checkpoint), device="cpu")))
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    options = ["--text", str(text), "--tokenizer", str(checkpoint)]
-    done = CliRunner().invoke(app, ["verify", url, *options, "--model", str(checkpoint), "--json"])
-    assert done.exit_code == 0, done.output
-    document = json.loads(done.stdout)
-    assert document["passed"] is True
-    (server,) = document["servers"]
-    assert {check["status"] for check in server["checks"].values()} == {"ok"}
-    wrong = CliRunner().invoke(app, ["verify", live_server(build_model("llama")), *options])
-    assert wrong.exit_code == 1
-    assert "FAILED   tokenizer" in wrong.output
-    assert "the target has 131" in " ".join(wrong.output.split())
-    assert CliRunner().invoke(app, ["verify", url, "--text", "nope", *options[2:]]).exit_code == 2
-    assert CliRunner().invoke(app, ["verify", *options]).exit_code == 2
-    gone = CliRunner().invoke(app, ["verify", "http://127.0.0.1:9", *options])
-    assert gone.exit_code == 1
-
-
-def test_the_command_tells_a_server_that_refuses_from_an_option_that_cannot_work(
-    live_server: Any, checkpoint: Path, tmp_path: Path
-) -> None:
-    digest = tokenizer_digest(tokenizer_of(checkpoint))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        save_with_tokenizer(tmp_path / "shallow", num_hidden_layers=6)
-    )
-    target = TransformersTarget(model, model_id="shallow", tokenizer_digest=digest)
-    url = live_server(target, token="right")
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    command = ["verify", url, "--text", str(text), "--tokenizer", str(checkpoint)]
-    token = {"EAGLE3_TOKEN": "right"}
-    refused = CliRunner().invoke(app, command, env=token)
-    assert (refused.exit_code, refused.stdout) == (1, "")
-    assert "name three aux_layer_ids in the request or on the server, as 0,2,4" in refused.stderr
-    assert CliRunner().invoke(app, [*command, "--aux-layer-ids", "0,2,9"], env=token).exit_code == 2
-    wrong = CliRunner().invoke(app, command, env={"EAGLE3_TOKEN": "wrong"})
-    assert (wrong.exit_code, wrong.stderr) == (
-        1,
-        f"the bearer token is none of the server's (url={url})\n"
-        "-> set EAGLE3_TOKEN to a token that the server was started with\n",
-    )
+        run("", text="the cat")
