@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from eagle3_schemas import DraftVocab
 from eagle3_schemas.errors import RemoteEagle3Error
@@ -24,8 +24,6 @@ from eagle3_server.group import Group, GroupBroken
 
 _STOP: Final = "stop"
 _NOTHING: Final = "nothing"
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -81,21 +79,21 @@ class LeadingTarget:
 
     def self_check(self, name: str) -> SelfCheck:
         """See `Target`: what this rank found; every rank runs the same forwards."""
-        return self._run_everywhere(SelfCheck, "self_check", name)
+        found: SelfCheck = self._run_everywhere("self_check", name)
+        return found
 
     def _everywhere(self, method: str, *arguments: Any) -> DeviceTensors:
-        return self._run_everywhere(DeviceTensors, method, *arguments)
+        result: DeviceTensors = self._run_everywhere(method, *arguments)
+        return result
 
-    def _run_everywhere(self, kind: type[Result], method: str, *arguments: Any) -> Result:
+    def _run_everywhere(self, method: str, *arguments: Any) -> Any:
         """Run a method of the target on every rank; the result of this one is returned.
 
         Raises:
             GroupBroken: a rank is gone, or ended in another way.
         """
         self._group.tell({"method": method, "arguments": [_plain(each) for each in arguments]})
-        result = _run(self._inner, self._group, method, arguments)
-        assert isinstance(result, kind)
-        return result
+        return _run(self._inner, self._group, method, arguments)
 
 
 class Keeper:
@@ -155,9 +153,9 @@ def follow(target: Target, group: Group) -> None:
             free_memory(target.describe().device)
 
 
-def _run(target: Target, group: Group, method: str, arguments: tuple[Any, ...]) -> object:
+def _run(target: Target, group: Group, method: str, arguments: tuple[Any, ...]) -> Any:
     try:
-        result: object = getattr(target, method)(*arguments)
+        result = getattr(target, method)(*arguments)
     except Exception as exc:
         group.agree(exc)
         if not isinstance(exc, RemoteEagle3Error) and not is_out_of_memory(exc):
