@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.client.verify.planted import TEXT, Planted
+from tests.client.verify.planted import TEXT, Planted, tokenizer_of
+from tests.tiny_tokenizer import save_with_tokenizer
 from typer.testing import CliRunner
 
 from eagle3_client import verify_command
 from eagle3_client.cli import app
+from eagle3_schemas import tokenizer_digest
 from eagle3_schemas.supervision import pack_bits
+from eagle3_server import TransformersTarget
 
 
 def test_the_command(live_server: Any, checkpoint: Path, tmp_path: Path, build_model: Any) -> None:
@@ -101,3 +104,27 @@ def test_a_terminal_without_unicode_has_its_report(
     assert told.exit_code == 1
     assert "FAILED   reachable" in told.stdout
     assert "serve MODEL --host ?" in told.stdout
+
+
+def test_a_server_that_refuses_is_no_option_that_cannot_work(
+    live_server: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A target too shallow for default layers; and a wrong token, whose remedy is the variable."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        save_with_tokenizer(tmp_path / "shallow", num_hidden_layers=6)
+    )
+    digest = tokenizer_digest(tokenizer_of(checkpoint))
+    target = TransformersTarget(model, model_id="shallow", tokenizer_digest=digest)
+    url = live_server(target, token="right")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["verify", url, "--text", str(text), "--tokenizer", str(checkpoint)]
+    refused = CliRunner().invoke(app, command, env={"EAGLE3_TOKEN": "right"})
+    assert refused.exit_code == 1
+    said = " ".join(refused.stdout.split())
+    assert "name three aux_layer_ids in the request or on the server, as 0,2,4" in said
+    wrong = CliRunner().invoke(app, command, env={"EAGLE3_TOKEN": "wrong"})
+    assert wrong.exit_code == 1
+    said = " ".join(wrong.stdout.split())
+    assert "-> set EAGLE3_TOKEN to a token that the server was started with" in said
+    assert "token=" not in said
