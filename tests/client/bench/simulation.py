@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import torch
 
+from eagle3_client.bench_plan import BenchPlan
 from eagle3_client.bench_shares import Sample, Visit
+from eagle3_client.config import ClientSettings
 from eagle3_schemas.protocol import SERVER_TIMING_HEADER, SUPERVISION_PATH
 
 
@@ -143,3 +146,11 @@ def pipeline(
         started, now, waited, samples[depth : depth + count],
         samples[:depth] + samples[depth + count :],
     )  # fmt: skip
+
+
+PLAN = BenchPlan(depths=(1,), batch_size=2, sequence_length=9, steps=3, draft_vocab_size=50)
+
+
+def settings_of(**changes: Any) -> ClientSettings:
+    named: dict[str, Any] = {"urls": ("http://target",), "device": torch.device("cpu")}
+    return ClientSettings(**(named | {"rows": "loss_mask", "retry_for_s": 0.0} | changes))

@@ -1,53 +1,24 @@
-"""A bench of a real server: what it counts, what it names, and how it ends."""
+"""A bench of a real server: what it counts, and what it names."""
 
 from __future__ import annotations
 
 import itertools
 import struct
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tests.client.bench.simulation import Clock, Planted
+from tests.client.bench.simulation import PLAN, Clock, Planted, settings_of
 
-from eagle3_client import InvalidRequest, TransportError
-from eagle3_client import bench as bench_module
+from eagle3_client import InvalidRequest
 from eagle3_client import submission as submission_module
 from eagle3_client.bench import Bench
 from eagle3_client.bench_plan import BenchPlan
-from eagle3_client.bench_report import BenchReport
-from eagle3_client.config import ClientSettings
 from eagle3_server import TransformersTarget
 
 HIDDEN, VOCAB = 48, 131
-PLAN = BenchPlan(depths=(1,), batch_size=2, sequence_length=9, steps=3, draft_vocab_size=50)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def run(bridge: Any, clock: Clock) -> Callable[..., tuple[BenchReport, Planted]]:
-    """`run(plan, **planted)`: a bench in simulated time, and what its transport saw."""
-
-    def build(
-        plan: BenchPlan = PLAN, settings: dict[str, Any] | None = None, **planted: Any
-    ) -> tuple[BenchReport, Planted]:
-        transport = Planted(bridge, clock, **planted)
-        chosen = settings_of(**(settings or {}))
-        return Bench(chosen, plan, transport, clock=clock, sleep=clock.sleep).run(), transport
-
-    return build
-
-
-def settings_of(**changes: Any) -> ClientSettings:
-    named: dict[str, Any] = {"urls": ("http://target",), "device": torch.device("cpu")}
-    return ClientSettings(**(named | {"rows": "loss_mask", "retry_for_s": 0.0} | changes))
 
 
 def test_every_encoding_at_every_depth_is_measured(run: Any) -> None:
@@ -164,132 +135,6 @@ def test_bytes_are_those_of_the_frames(
     (received,), (sent,) = set(map(len, transport.received)), set(map(len, transport.sent))
     assert found.received_bytes_per_token == received / attended
     assert found.sent_bytes_per_token == sent / attended
-
-
-def test_an_encoding_that_is_not_offered_has_a_row_that_says_so(
-    bridge: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from eagle3_client.dispatch import Dispatcher
-
-    info = Dispatcher.model_info
-    monkeypatch.setattr(
-        Dispatcher,
-        "model_info",
-        lambda self: info(self).model_copy(update={"encodings": ("probs", "logits")}),
-    )
-    plan = replace(PLAN, encodings=("probs", "hidden"), depths=(1, 2), steps=2)
-    report = Bench(
-        settings_of(), plan, Planted(bridge, clock, compute=0.1), clock=clock, sleep=clock.sleep
-    ).run()
-    assert [cell.encoding for cell, _ in report.measured] == ["probs", "probs"]
-    assert report.has_passed
-    (line,) = (line for line in report.to_text().splitlines() if "not offered" in line)
-    assert line == "  -        hidden 1,2     not offered: this target has probs, logits"
-
-
-def test_what_exact_forbids_is_said(clock: Clock, bridge: Any) -> None:
-    settings = settings_of(exact=True, device=torch.device("meta"))  # no CPU, as a GPU
-    plan = replace(PLAN, encodings=("hidden",))
-    report = Bench(settings, plan, bridge, clock=clock, sleep=clock.sleep).run()
-    (cell,) = report.cells
-    assert cell.trouble is not None
-    assert "exact=True forbids encoding 'hidden'" in cell.trouble.detail
-    assert not report.has_passed  # nothing was measured
-
-
-def test_a_refusal_fails_its_cells_in_the_servers_words(
-    run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another server of the fleet takes less than the first one said."""
-    from eagle3_client.dispatch import Dispatcher
-
-    info = Dispatcher.model_info
-
-    def told(self: Dispatcher) -> Any:
-        found = info(self)
-        limits = found.limits.model_copy(update={"max_tokens_per_request": 10**6})
-        return found.model_copy(update={"limits": limits})
-
-    monkeypatch.setattr(Dispatcher, "model_info", told)
-    report, _ = run(replace(PLAN, batch_size=4000))
-    assert not report.has_passed
-    assert {cell.trouble.status for cell in report.cells} == {"failed"}
-    assert "max_tokens_per_request" in report.to_text()
-    assert report.recommendation() == "nothing was measured"
-
-
-def test_a_time_limit_leaves_cells_out_aloud(run: Any, clock: Clock) -> None:
-    """A batch takes 10 s: warming up takes 60, two batches at depth 1 30, four at depth 4 110."""
-    began = clock.now
-    report, _ = run(replace(PLAN, depths=(1, 4), steps=30, time_limit_s=160.0), compute=10.0)
-    assert clock.now - began <= 160
-    assert [(c.encoding, c.prefetch, len(c.visits)) for c in report.cells if c.visits] == [
-        ("probs", 1, 1),
-        ("logits", 1, 1),
-        ("hidden", 1, 1),
-    ]
-    left = [cell for cell in report.cells if cell.trouble is not None]
-    assert [cell.prefetch for cell in left] == [4, 4, 4]
-    text = " ".join(report.to_text().split())
-    assert "hidden 4 left out, by --time-limit: it takes about 110 s" in text
-    assert report.has_passed
-
-
-@pytest.mark.parametrize(
-    ("limit_s", "rounds", "counts"),
-    [(1e4, 3, (4, 4)), (100.0, 3, (2, 2)), (60.0, 2, (2, 2)), (43.0, 1, (3, 4))],
-)
-def test_rounds_and_batches_follow_the_time_there_is(
-    run: Any, limit_s: float, rounds: int, counts: tuple[int, int]
-) -> None:
-    """Of 0.95 of it 6 s warm up; a round takes 12 s, and 6 a batch (even ones at depth 2)."""
-    plan = replace(PLAN, depths=(1, 2), encodings=("probs",), steps=12, time_limit_s=limit_s)
-    report, _ = run(plan, compute=3.0)
-    found = [(len(cell.visits), {len(v.delivered) for v in cell.visits}) for cell in report.cells]
-    assert found == [(rounds, {count}) for count in counts]
-
-
-def test_a_server_that_hangs_ends_with_what_was_measured(
-    gate: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit, and an interrupt, come while a request is held."""
-    for is_interrupt in (False, True):
-        gate.is_open = False
-        gate.allowed.release(6 + 1)  # those that warm up, and some more
-        held = threading.Event()
-
-        class Thread:
-            """Ends its caller's wait when a request is held."""
-
-            def __init__(self, target: Any, is_interrupt: bool, held: Any) -> None:
-                self.thread = threading.Thread(target=target, daemon=True)
-                self.thread.start()
-                self.is_interrupt, self.held = is_interrupt, held
-
-            def join(self, timeout: float) -> None:
-                if self.held.is_set():
-                    return self.thread.join(60)  # the limit closed the dispatcher
-                gate.wait_for(8)
-                self.held.set()
-                if self.is_interrupt:
-                    raise KeyboardInterrupt
-
-        monkeypatch.setattr(
-            bench_module,
-            "start_daemon",
-            lambda target, name, i=is_interrupt, h=held: Thread(target, i, h),
-        )
-        report = Bench(settings_of(), replace(PLAN, steps=2), gate).run()
-        assert report.is_interrupted == is_interrupt
-        assert not report.measured
-        words = "interrupted" if is_interrupt else "left out, by --time-limit: it was over"
-        assert {cell.trouble and cell.trouble.detail for cell in report.cells} == {words}
-        gate.allowed.release()
-
-
-def test_no_server_is_told_in_the_words_of_a_failure() -> None:
-    with pytest.raises(TransportError, match=r"127\.0\.0\.1:9"):
-        Bench(settings_of(urls=("http://127.0.0.1:9",)), PLAN).run()
 
 
 def test_ids_are_distinct_in_no_order_and_a_text_is_repeated(bridge: Any, connect: Any) -> None:

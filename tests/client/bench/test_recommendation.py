@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from tests.client.bench.simulation import pipeline
+from tests.client.bench.simulation import PLAN, pipeline, settings_of
 
-from eagle3_client.bench_plan import BenchPlan
 from eagle3_client.bench_report import BenchReport, Cell
-from eagle3_client.config import ClientSettings
-
-PLAN = BenchPlan(depths=(1,), batch_size=2, sequence_length=9, steps=3, draft_vocab_size=50)
-SETTINGS = ClientSettings(urls=("http://target",), device=torch.device("cpu"))
 
 
 def report_of(*cells: tuple[str, int, float, int], rounds: int = 2) -> BenchReport:
     """Cells as encoding, depth, seconds a batch, received bytes a token."""
-    report = BenchReport(SETTINGS, PLAN)
+    report = BenchReport(settings_of(), PLAN)
     for encoding, depth, seconds, nbytes in cells:
         visit = pipeline(depth, compute=seconds, head=0, copy=0, link=0, host=0, count=10)
         for sample in visit.delivered:
@@ -40,7 +34,7 @@ def test_the_least_prefetch_within_3_percent_is_recommended() -> None:
 
 
 def test_of_a_pipeline_that_is_not_full_a_deeper_prefetch_is_recommended() -> None:
-    report = BenchReport(SETTINGS, PLAN)
+    report = BenchReport(settings_of(), PLAN)
     report.cells.append(Cell("probs", 1, None, [pipeline(1, compute=0.06, link=0.05)]))
     assert "nothing is full, so try --prefetch 2" in report.recommendation()
     report.cells[0].visits[:] = [pipeline(1, compute=0.001, link=0.5)]
