@@ -59,13 +59,14 @@ class Server:
         raise AssertionError("it never became ready")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
+        pid = self.pid  # a supervisor may start the next life while this one is waited for
         with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-        self.wait_until_dead()
+            os.kill(pid, number)
+        self.wait_until_dead(pid)
 
-    def wait_until_dead(self) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while is_alive(self.pid):
+    def wait_until_dead(self, pid: int | None = None) -> None:
+        pid, deadline = pid or self.pid, time.monotonic() + PATIENCE_S
+        while is_alive(pid):
             assert time.monotonic() < deadline, "it did not end"
             time.sleep(0.005)
 

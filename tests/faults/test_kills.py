@@ -145,12 +145,14 @@ def test_kills_at_random_moments(
     # Not near the end, so that one that found nobody alive has steps left to come again.
     at = set(moments.sample(range(1, 20 * kills - 15), kills))
     again: list[int] = []
+    one_by_one = threading.Lock()  # two moments can be so near that both meet the same life
 
     def kill_soon() -> None:
-        if is_alive(one.pid):
-            one.kill()
-        else:
-            again.append(1)
+        with one_by_one:
+            if is_alive(one.pid):
+                one.kill()
+            else:
+                again.append(1)
 
     def step_done(step: int) -> None:
         if step in at or (again and again.pop()):
