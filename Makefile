@@ -1,8 +1,9 @@
 # Every target sets up what it needs in .venv/ first; all are safe to repeat.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-# A module's tests stay in one process; more than four would not help.
-PYTEST := $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
+# A module's tests stay in one process, and tests/conftest.py says which modules come first; more
+# than four processes would not help.
+PYTEST := $(VENV_PYTHON) -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help demo test test-all soak lint setup clean
 

@@ -98,6 +98,28 @@ def _build_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0)
 
 _shared_model = lru_cache(_build_model)
 
+LONGEST = (
+    "tests/benchmarks/test_benchmarks.py",
+    "tests/containers/test_image.py",
+    "tests/test_ten_minutes.py",
+    "tests/families/test_families.py",
+    "tests/release/test_installed.py",
+    "tests/peer/test_nemo_recipe.py",
+)
+"""Modules whose slow tests take a minute and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, or one process is busy with it when all others are done."""
+    position = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(
+        key=lambda item: (
+            position.get(item.path.relative_to(ROOT).as_posix(), len(LONGEST))
+            if item.get_closest_marker("slow")
+            else len(LONGEST)
+        )
+    )
+
 
 @pytest.fixture(autouse=True)
 def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch) -> None:

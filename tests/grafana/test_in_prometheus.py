@@ -56,6 +56,14 @@ def server() -> Iterator[Process]:
 
 
 @pytest.fixture
+def one(server: Process) -> Iterator[Trainer]:
+    trainer = Trainer(server.url, "trainer", authorization="Bearer secret")
+    with trainer.http:
+        trainer.register()
+        yield trainer
+
+
+@pytest.fixture
 def prometheus(server: Process, tmp_path: Path, documented: list[str]) -> Iterator[httpx.Client]:
     """By the page's commands, with our configuration but for the target's address, the intervals
     and Prometheus' own address, in a folder of its own."""
@@ -80,7 +88,11 @@ def prometheus(server: Process, tmp_path: Path, documented: list[str]) -> Iterat
         )
     transport = httpx.HTTPTransport(retries=5)  # it does not listen at once
     with httpx.Client(base_url=f"http://{address}/api/v1", transport=transport) as client:
+        ends = time.monotonic() + PATIENCE_S
         try:
+            # It listens before it is ready, and refuses until then.
+            while client.get(f"http://{address}/-/ready").status_code != 200:
+                assert time.monotonic() < ends, (tmp_path / "log").read_text()
             yield client
         finally:
             process.terminate()
@@ -102,10 +114,8 @@ def rules(prometheus: httpx.Client) -> dict[str, Any]:
 
 
 def test_it_scrapes_with_the_token_and_every_panel_has_data(
-    prometheus: httpx.Client, server: Process
+    prometheus: httpx.Client, server: Process, one: Trainer
 ) -> None:
-    one = Trainer(server.url, "trainer", authorization="Bearer secret")
-    one.register()
     # As Grafana fills them in; the window spans a few of our scrapes.
     expressions = [
         target["expr"].replace("$__rate_interval", "30s").replace("$instance", ".*")
