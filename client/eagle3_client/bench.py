@@ -88,6 +88,7 @@ class Bench:
         self._dispatcher = Dispatcher(settings, transport)
         self._started = clock()
         self._batch_s: dict[str, float] = {}
+        self._samples: list[Sample] = []
         self._failure: BaseException | None = None
         self._is_over = False
         self._report = BenchReport(settings, plan)
@@ -105,6 +106,7 @@ class Bench:
         except KeyboardInterrupt:
             self._report.is_interrupted = True
         self._is_over = True
+        reason = self._reason()
         self._dispatcher.close()
         thread.join(_PATIENCE_S)
         if self._failure is not None:
@@ -112,9 +114,7 @@ class Bench:
         for cell in self._report.cells:
             if cell.trouble is None and not cell.visits:
                 is_limit = not self._report.is_interrupted
-                cell.trouble = (
-                    _left_out("it was over") if is_limit else Check("unknown", "interrupted")
-                )
+                cell.trouble = _left_out(reason) if is_limit else Check("unknown", "interrupted")
         self._report.elapsed_s = self._clock() - self._started
         if self._report.info is None and not self._report.is_interrupted:
             raise TransportError(
@@ -130,6 +130,14 @@ class Bench:
         except BaseException as exc:  # of the caller's thread, unless it closed the dispatcher
             if not self._is_over:
                 self._failure = exc
+
+    def _reason(self) -> str:
+        """Say why nothing more is measured: time ran out, and who was waited for longest then."""
+        waiting = [each for each in self._samples if each.asked_at and not each.received_at]
+        if not waiting:
+            return "it was over"
+        one, now = min(waiting, key=lambda sample: sample.asked_at), self._clock()
+        return f"it was over, after {now - one.asked_at:.3g} s without an answer from {one.url}"
 
     def _measure(self) -> None:
         info = self._dispatcher.model_info()
@@ -159,6 +167,7 @@ class Bench:
         except RemoteEagle3Error as exc:
             if self._is_over:
                 raise
+            self._samples = []
             return _give_up(cells, failed(exc))
         self._batch_s[encoding] = samples[-1].latency_s + self._plan.step_s
 
@@ -166,6 +175,7 @@ class Bench:
         self, encoding: str, samples: list[Sample]
     ) -> Callable[..., RemoteBatchHandle[Eagle3TargetBatch]]:
         """Return what submits a batch in that encoding, and adds its sample."""
+        self._samples = samples
         settings = replace(self._settings, encoding=encoding)
         info = self._dispatcher.model_info()
 
@@ -202,6 +212,7 @@ class Bench:
                 except RemoteEagle3Error as exc:
                     if self._is_over:
                         raise
+                    self._samples = []
                     _give_up([cell], failed(exc))
                 cell.slowest_s = max(cell.slowest_s, self._clock() - started)
 

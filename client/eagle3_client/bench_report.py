@@ -95,6 +95,7 @@ class BenchReport:
             "draft_vocab_size": vocab.draft_vocab_size,
             "step_ms": 1000 * self.plan.step_s,
             "device": str(self.settings.device),
+            "aux_layer_ids": self.settings.aux_layer_ids or info.aux_layer_ids,
             "aux_dtype": self.settings.aux_dtype,
             "exact": self.settings.exact,
             "rows": self.settings.rows,

@@ -188,7 +188,7 @@ class _Preflight:
         if differing:
             words = "; ".join(check.detail for check in differing)
             self._fleet["same_target"] = Check("failed", words, differing[0].remedy, values)
-            words = "they do not serve the same target"
+            words = "not compared: they do not serve the same"
             self._fleet["same_numbers"] = Check("skipped", words, None, {"compared": 0})
             return
         words = f"{len(known)} of {len(servers)} servers serve {info.fingerprint}"

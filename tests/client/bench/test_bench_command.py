@@ -67,7 +67,7 @@ def test_the_json_document_has_all_figures_by_name(
     assert report["setup"] == {
         "batch_size": 2, "sequence_length": 9, "tokens_per_batch": 18, "supervised_per_batch": 10,
         "ids": "random", "draft_vocab_size": 50, "step_ms": 0.0, "device": "cpu",
-        "aux_dtype": "model", "exact": False, "rows": "loss_mask",
+        "aux_layer_ids": [1, 2, 3], "aux_dtype": "model", "exact": False, "rows": "loss_mask",
     }  # fmt: skip
     order = [(cell["encoding"], cell["prefetch"]) for cell in report["cells"]]
     assert order == [("hidden", 1), ("probs", 1), ("hidden", 2), ("probs", 2)]
