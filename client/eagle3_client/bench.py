@@ -106,7 +106,7 @@ class Bench:
         except KeyboardInterrupt:
             self._report.is_interrupted = True
         self._is_over = True
-        reason = self._reason()
+        self._report.unanswered = self._unanswered()
         self._dispatcher.close()
         thread.join(_PATIENCE_S)
         if self._failure is not None:
@@ -114,7 +114,9 @@ class Bench:
         for cell in self._report.cells:
             if cell.trouble is None and not cell.visits:
                 is_limit = not self._report.is_interrupted
-                cell.trouble = _left_out(reason) if is_limit else Check("unknown", "interrupted")
+                cell.trouble = (
+                    _left_out("it was over") if is_limit else Check("unknown", "interrupted")
+                )
         self._report.elapsed_s = self._clock() - self._started
         if self._report.info is None and not self._report.is_interrupted:
             raise TransportError(
@@ -131,13 +133,13 @@ class Bench:
             if not self._is_over:
                 self._failure = exc
 
-    def _reason(self) -> str:
-        """Say why nothing more is measured: time ran out, and who was waited for longest then."""
+    def _unanswered(self) -> str | None:
+        """Say who is waited for longest now, if anyone is."""
         waiting = [each for each in self._samples if each.asked_at and not each.received_at]
         if not waiting:
-            return "it was over"
-        one, now = min(waiting, key=lambda sample: sample.asked_at), self._clock()
-        return f"it was over, after {now - one.asked_at:.3g} s without an answer from {one.url}"
+            return None
+        one = min(waiting, key=lambda sample: sample.asked_at)
+        return f"{self._clock() - one.asked_at:.3g} s without an answer from {one.url}"
 
     def _measure(self) -> None:
         info = self._dispatcher.model_info()

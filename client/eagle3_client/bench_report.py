@@ -80,6 +80,7 @@ class BenchReport:
     cells: list[Cell] = field(default_factory=list)
     elapsed_s: float = 0.0
     is_interrupted: bool = False
+    unanswered: str | None = None  # when it ended: for how long, and from whom
 
     def describe(
         self, info: ModelInfo, vocab: DraftVocab, attended: torch.Tensor, supervised: torch.Tensor
@@ -182,6 +183,7 @@ class BenchReport:
             "format": 1,
             "passed": self.has_passed,
             "interrupted": self.is_interrupted,
+            "unanswered": self.unanswered,
             "elapsed_s": round(self.elapsed_s, 3),
             "client": {"version": version("eagle3-remote"), "torch_version": torch.__version__},
             "urls": list(self.settings.urls),
@@ -229,12 +231,12 @@ class BenchReport:
             depths = ",".join(str(cell.prefetch) for cell in cells)
             checks = {f"{encoding} {depths}": check for c in cells if (check := c.trouble)}
             lines += as_lines(checks, width)
-        lines += [""] if troubles else []
-        lines += wrapped(self.recommendation(), "", width, indent=0)
+        lines += [*([""] if troubles else []), *wrapped(self.recommendation(), "", width, indent=0)]
         if (chosen := self.recommended) is not None:
             lines += wrapped(_BOUNDS[chosen[1].bounded_by][2], "-> ", width, indent=3)
-        ended = "interrupted after" if self.is_interrupted else "in"
-        return "\n".join([*lines, f"{ended} {self.elapsed_s:.1f} s"])
+        ended = f"{'interrupted after' if self.is_interrupted else 'in'} {self.elapsed_s:.1f} s"
+        ended += f", after {self.unanswered}" if self.unanswered else ""
+        return "\n".join([*lines, *wrapped(ended, "", width, indent=0)])
 
     def _setup_lines(self, width: int) -> list[str]:
         if (info := self.info) is None:

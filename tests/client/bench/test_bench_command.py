@@ -57,10 +57,11 @@ def test_the_json_document_has_all_figures_by_name(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert " ".join(report) == (
-        "format passed interrupted elapsed_s client urls target setup requests_answered cells "
-        "recommended"
+        "format passed interrupted unanswered elapsed_s client urls target setup "
+        "requests_answered cells recommended"
     )
     assert (report["format"], report["passed"], report["interrupted"]) == (1, True, False)
+    assert report["unanswered"] is None
     assert report["urls"] == [url]
     assert report["requests_answered"] == {url: 12}
     assert report["target"]["encodings"] == ["probs", "logits", "hidden"]

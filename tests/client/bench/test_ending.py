@@ -14,6 +14,7 @@ from tests.client.bench.simulation import PLAN, Clock, Planted, settings_of
 from eagle3_client import TransportError
 from eagle3_client import bench as bench_module
 from eagle3_client.bench import Bench
+from eagle3_client.bench_plan import BenchPlan
 
 
 def test_an_encoding_that_is_not_offered_has_a_row_that_says_so(
@@ -64,6 +65,7 @@ def test_a_refusal_fails_its_cells_in_the_servers_words(
     report, _ = run(replace(PLAN, batch_size=4000))
     assert not report.has_passed
     assert {cell.trouble.status for cell in report.cells} == {"failed"}
+    assert report.unanswered is None
     assert "max_tokens_per_request" in report.to_text()
     assert report.recommendation() == "nothing was measured"
 
@@ -99,43 +101,49 @@ def test_rounds_and_batches_follow_the_time_there_is(
     assert found == [(rounds, {count}) for count in counts]
 
 
-def test_a_server_that_hangs_ends_with_what_was_measured(
-    gate: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit, and an interrupt, come while a request is held."""
-    for is_interrupt in (False, True):
-        gate.is_open = False
-        gate.allowed.release(6 + 1)  # those that warm up, and some more
-        held = threading.Event()
+@pytest.mark.parametrize("is_interrupt", [False, True])
+@pytest.mark.parametrize(
+    ("plan", "answered", "rounds"),
+    [  # two of each encoding warm up; a visit has two at depth 1, and is one of three
+        (replace(PLAN, steps=2), 6 + 1, set()),
+        (replace(PLAN, encodings=("probs",), depths=(1,), steps=4), 2 + 2 + 1, {1}),
+    ],
+    ids=["in the first round", "in the second"],
+)
+def test_a_server_that_hangs_is_named_beside_what_was_measured(
+    gate: Any, monkeypatch: pytest.MonkeyPatch, plan: BenchPlan, answered: int, rounds: set[int],
+    is_interrupt: bool,
+) -> None:  # fmt: skip
+    """The limit, or an interrupt, comes while a request is held."""
+    gate.is_open = False
+    gate.allowed.release(answered)
 
-        class Thread:
-            """Ends its caller's wait when a request is held."""
+    class Thread:
+        """Ends its caller's wait when a request is held."""
 
-            def __init__(self, target: Any, is_interrupt: bool, held: Any) -> None:
-                self.thread = threading.Thread(target=target, daemon=True)
-                self.thread.start()
-                self.is_interrupt, self.held = is_interrupt, held
+        def __init__(self, target: Any) -> None:
+            self.thread, self.is_held = threading.Thread(target=target, daemon=True), False
+            self.thread.start()
 
-            def join(self, timeout: float) -> None:
-                if self.held.is_set():
-                    return self.thread.join(60)  # the limit closed the dispatcher
-                gate.wait_for(8)
-                self.held.set()
-                if self.is_interrupt:
-                    raise KeyboardInterrupt
+        def join(self, timeout: float) -> None:
+            if self.is_held:
+                return self.thread.join(60)  # the limit closed the dispatcher
+            gate.wait_for(answered + 1)
+            self.is_held = True
+            if is_interrupt:
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(
-            bench_module,
-            "start_daemon",
-            lambda target, name, i=is_interrupt, h=held: Thread(target, i, h),
-        )
-        report = Bench(settings_of(), replace(PLAN, steps=2), gate).run()
-        assert report.is_interrupted == is_interrupt
-        assert not report.measured
-        (words,) = {cell.trouble.detail for cell in report.cells if cell.trouble is not None}
-        late = r"left out, by --time-limit: it was over, after [\d.e+-]+ s without an answer from http://target"
-        assert re.fullmatch("interrupted" if is_interrupt else late, words)
-        gate.allowed.release()
+    monkeypatch.setattr(bench_module, "start_daemon", lambda target, name: Thread(target))
+    report = Bench(settings_of(), plan, gate).run()
+    assert report.is_interrupted == is_interrupt
+    assert {len(cell.visits) for cell, _ in report.measured} == rounds
+    left = {cell.trouble.detail for cell in report.cells if cell.trouble is not None}
+    words = "interrupted" if is_interrupt else "left out, by --time-limit: it was over"
+    assert left == (set() if rounds else {words})
+    waited = r"[\d.e+-]+ s without an answer from http://target"
+    assert re.fullmatch(waited, report.to_dict()["unanswered"])
+    last = " ".join(report.to_text().split("\n\n")[-1].split())
+    assert re.search(rf"(in|interrupted after) [\d.]+ s, after {waited}$", last)
 
 
 def test_no_server_is_told_in_the_words_of_a_failure() -> None:
