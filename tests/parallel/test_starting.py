@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.parallel.conftest import PATIENCE_S, GroupServer
+from tests.processes import listening
 
 pytestmark = pytest.mark.slow
 
@@ -92,17 +93,6 @@ def test_modules_of_the_current_directory_are_not_imported(
 
 def test_it_meets_on_loopback_alone(group_server: GroupServer) -> None:
     """Whatever listens of rank 0 and its followers: torch's own store would on every interface."""
-    inodes = {
-        os.readlink(link)
-        for pid in group_server.ranks
-        for link in Path(f"/proc/{pid}/fd").iterdir()
-        if link.is_symlink()
-    }
-    listening = []
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            columns = line.split()
-            if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes:
-                listening.append(columns[1].partition(":")[0])
-    assert listening
-    assert set(listening) <= {"0100007F", "00000000000000000000000001000000"}
+    addresses = listening(group_server.ranks)
+    assert addresses
+    assert set(addresses) <= {"0100007F", "00000000000000000000000001000000"}

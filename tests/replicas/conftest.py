@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.processes import is_alive
+from tests.processes import is_alive, read
 
 from eagle3_client import RemoteEagle3Backend
 from eagle3_schemas import project_to_draft_vocab
@@ -30,9 +30,8 @@ TOKEN = "only-for-trainers"
 
 
 def parent_of(pid: int) -> int:
-    with suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    stat = read(pid, "stat").decode()
+    return int(stat.rpartition(")")[2].split()[1]) if stat else 0
 
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:

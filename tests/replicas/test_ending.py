@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.processes import is_alive
+from tests.processes import is_alive, read
 from tests.replicas.conftest import PATIENCE_S, V, two_free_ports, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,12 +39,12 @@ def test_a_command_that_is_killed_takes_all_with_it(other_command: Any, checkpoi
     """But for two agents of Ray's, which take a minute to find out; they hold no port to serve."""
     command = other_command(checkpoint, "--replicas", 1, "--port", 0, "--device", "cpu")
     command.wait_for("loading ")
-    names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in command.processes()}
+    names = {pid: read(pid, "cmdline") for pid in command.processes()}
     assert len(names) > 6
     command.process.kill()
     command.process.wait(PATIENCE_S)
     killed_at = time.monotonic()
-    agents = {pid for pid, name in names.items() if "Agent" in name}
+    agents = {pid for pid, name in names.items() if b"Agent" in name}
     assert len(agents) == 2
     wait_until(lambda: not any(map(is_alive, names.keys() - agents)), "something outlives it")
     assert time.monotonic() - killed_at < 30
@@ -58,7 +58,7 @@ def test_a_sigterm_while_ray_starts_is_a_clean_end(other_command: Any) -> None:
         next(
             word.partition("=")[2]
             for pid in command.processes()
-            for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            for word in read(pid, "cmdline").decode().split("\0")
             if word.startswith(("--session-dir=", "--session_dir="))
         )
     ).parents[1]

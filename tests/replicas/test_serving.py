@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.processes import is_alive
+from tests.processes import is_alive, listening, read
 from tests.replicas.conftest import PATIENCE_S, TOKEN, Command, V, parent_of, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,29 +51,17 @@ def test_every_line_of_a_server_names_its_replica(command: Command) -> None:
 
 
 def test_all_of_it_listens_on_loopback_alone(command: Command) -> None:
-    inodes = set()
-    for pid in {command.process.pid, *command.processes()}:
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            if link.is_symlink():
-                inodes.add(os.readlink(link))
-    listening = [
-        columns[1].partition(":")[0]
-        for table in ("/proc/net/tcp", "/proc/net/tcp6")
-        for columns in map(str.split, Path(table).read_text().splitlines()[1:])
-        if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes
-    ]
-    assert len(listening) >= 2 + 5  # the servers; Ray's own
-    assert set(listening) <= LOOPBACK
+    addresses = listening({command.process.pid, *command.processes()})
+    assert len(addresses) >= 2 + 5  # the servers; Ray's own
+    assert set(addresses) <= LOOPBACK
 
 
 def session_of(command: Command) -> Path:
     """The folder around Ray's, of which this command has its own."""
     (raylet,) = [
-        pid
-        for pid in command.processes()
-        if "--raylet_socket_name=" in Path(f"/proc/{pid}/cmdline").read_text()
+        pid for pid in command.processes() if b"--raylet_socket_name=" in read(pid, "cmdline")
     ]
-    arguments = Path(f"/proc/{raylet}/cmdline").read_text().split("\0")
+    arguments = read(raylet, "cmdline").decode().split("\0")
     (folder,) = [each.partition("=")[2] for each in arguments if each.startswith("--temp_dir=")]
     return Path(folder).parent
 
@@ -84,7 +72,7 @@ def test_the_token_is_nowhere_but_with_the_servers(command: Command) -> None:
     assert len(processes) > 6
     for pid in processes:
         for name in ("cmdline", "environ"):
-            assert TOKEN.encode() not in Path(f"/proc/{pid}/{name}").read_bytes(), (pid, name)
+            assert TOKEN.encode() not in read(pid, name), (pid, name)
     assert TOKEN not in command.said + command.printed
     folder = session_of(command)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -97,11 +85,9 @@ def test_the_token_is_nowhere_but_with_the_servers(command: Command) -> None:
 
 def test_ray_asks_for_a_token_and_sends_no_statistics(command: Command) -> None:
     (raylet, *_) = [
-        pid
-        for pid in command.processes()
-        if "--raylet_socket_name=" in Path(f"/proc/{pid}/cmdline").read_text()
+        pid for pid in command.processes() if b"--raylet_socket_name=" in read(pid, "cmdline")
     ]
-    variables = Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0")
+    variables = read(raylet, "environ").split(b"\0")
     assert b"RAY_USAGE_STATS_ENABLED=0" in variables
     assert b"RAY_AUTH_MODE=token" in variables
     path = session_of(command) / "token"
@@ -117,7 +103,7 @@ def test_one_is_killed_under_load_and_comes_back(
     urls, lives = command.urls, command.said.count("is back at")
     former = command.server_of(1)
     doomed = former if victim == "server" else parent_of(former)
-    assert (victim == "actor") == (b"ray::Replica" in Path(f"/proc/{doomed}/cmdline").read_bytes())
+    assert (victim == "actor") == (b"ray::Replica" in read(doomed, "cmdline"))
     backend = trainer(urls)
     inputs = [batch_of(V, (12, 9, 5), seed=seed) for seed in range(120)]
     killed_at = 0.0
