@@ -9,6 +9,7 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -17,6 +18,7 @@ import sys
 import time
 from ast import literal_eval
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -227,7 +229,8 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nobody listens on, below those that Linux gives to who connects."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

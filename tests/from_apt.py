@@ -18,14 +18,15 @@ def program(name: str, package: str) -> str:
 
     Fails the test otherwise, with the command that installs it: it is never skipped.
     """
-    found = shutil.which(name)
-    if found is not None:
-        return found
     command = f"apt-get install --yes --no-install-recommends {package}"
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        pytest.fail(f"{name} is not installed, and only root can do it: run `{command}`")
-    with (Path(tempfile.gettempdir()) / "eagle3-tests-apt.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers may come here at once
+    with (Path(tempfile.gettempdir()) / f"eagle3-tests-apt-{os.geteuid()}.lock").open("w") as lock:
+        # Several workers may come here at once, and what another is unpacking is there already.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = shutil.which(name)
+        if found is not None:
+            return found
+        if os.geteuid() != 0 or shutil.which("apt-get") is None:
+            pytest.fail(f"{name} is not installed, and only root can do it: run `{command}`")
         print(f"{name} is not installed: running `apt-get update && {command}`", flush=True)
         deadline = time.monotonic() + 300
         for step in ("apt-get update --quiet", command):

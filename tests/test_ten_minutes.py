@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.pages import ROOT, commands
+from tests.ports import free_port
 from tests.shells import run, serving
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -43,11 +43,6 @@ def copy(tmp_path: Path) -> Path:
     models.mkdir()
     (models / "smollm2").symlink_to(smollm2_checkpoint(), target_is_directory=True)
     return tmp_path / "clone"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_the_readme_leads_from_nothing_to_a_training_run(copy: Path, documented: list[str]) -> None:

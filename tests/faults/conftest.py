@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ import httpx
 import pytest
 import torch
 from tests.faults.trainer import train
+from tests.ports import free_port
 from tests.processes import is_alive
 
 from eagle3_schemas import project_to_draft_vocab
@@ -26,11 +26,6 @@ from eagle3_server import HFEagle3TargetModel
 
 PATIENCE_S = 120.0
 DRAFT_VOCAB_SIZE = 53
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Server:

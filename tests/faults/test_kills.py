@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import pytest
+from tests.faults.conftest import PATIENCE_S
 from tests.faults.trainer import remote, train
 from tests.fuzz.mutations import how_many, seed_of
 from tests.processes import is_alive
@@ -256,7 +257,12 @@ def test_a_request_that_kills_every_server_it_meets_is_raised_after_three(
     deadly.input_ids[0, 0] = 7
     with pytest.raises(PoisonRequest, match="3 servers ended while they held this request"):
         backend.generate_batch(*deadly)
-    # The last life may not have begun yet.
-    assert sum(each.lives for each in servers) in (count + 2, count + 3)
+    deadline = time.monotonic() + PATIENCE_S  # the last life may not have begun yet
+    while sum(each.lives for each in servers) < count + 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for each in servers:
+        each.wait_until_ready()
     backend.generate_batch(*good)  # others go on
+    assert sum(each.lives for each in servers) == count + 3
     assert all(is_alive(each.pid) for each in servers)

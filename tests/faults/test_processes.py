@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.faults.conftest import PATIENCE_S, free_port
+from tests.faults.conftest import PATIENCE_S
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import yaml
 from tests.from_apt import program
 from tests.grafana.expressions import FOLDER, RULES, TARGETS
 from tests.pages import commands
+from tests.ports import free_port
 from tests.server.sharing.conftest import Trainer
 from tests.server.sharing.server_process import Process
 from tests.servers import PATIENCE_S
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first may have to install it
 
 
 def promtool(*arguments: str) -> str:
@@ -74,9 +75,7 @@ def prometheus(server: Process, tmp_path: Path, documented: list[str]) -> Iterat
     scrape["static_configs"][0]["targets"] = [server.url.removeprefix("http://")]
     (tmp_path / "docker" / "grafana").mkdir(parents=True)
     (tmp_path / "docker/grafana/prometheus.yaml").write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     ((secret, command),) = map(commands, documented)
     environment = {**os.environ, "EAGLE3_TOKEN": "secret"}
     subprocess.run(["bash", "-c", secret], cwd=tmp_path, env=environment, check=True)
@@ -86,13 +85,17 @@ def prometheus(server: Process, tmp_path: Path, documented: list[str]) -> Iterat
         process = subprocess.Popen(
             [program(name, "prometheus"), *arguments], stderr=log, cwd=tmp_path
         )
-    transport = httpx.HTTPTransport(retries=5)  # it does not listen at once
-    with httpx.Client(base_url=f"http://{address}/api/v1", transport=transport) as client:
+    with httpx.Client(base_url=f"http://{address}/api/v1") as client:
         ends = time.monotonic() + PATIENCE_S
         try:
-            # It listens before it is ready, and refuses until then.
-            while client.get(f"http://{address}/-/ready").status_code != 200:
+            # It does not listen at once, listens before it is ready, and refuses until then.
+            is_ready = False
+            while not is_ready:
+                assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < ends, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+                with suppress(httpx.ConnectError):
+                    is_ready = client.get(f"http://{address}/-/ready").status_code == 200
             yield client
         finally:
             process.terminate()

@@ -9,7 +9,7 @@ import pytest
 from tests.page.conftest import TOKEN, train, unlock
 from tests.page.reading import TEXT, is_quiet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first may have to install Chromium
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.page.conftest import TOKEN, train, unlock
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first may have to install Chromium
 
 # Its patience, a hundredth as long, and a list of what it was.
 HURRY = """

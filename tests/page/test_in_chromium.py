@@ -10,7 +10,7 @@ import pytest
 from tests.page.conftest import HOSTILE, TOKEN, train, unlock
 from tests.page.reading import TEXT, entries, is_quiet, milliseconds, rows, texts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first may have to install Chromium
 
 
 def test_with_a_token_it_shows_what_the_status_says(start: Any, visit: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from tests.page.conftest import DRAFT_IDS, train, unlock
 from tests.page.reading import TEXT, is_quiet, texts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first may have to install Chromium
 
 
 def test_the_probe_shows_the_answer_and_the_answer_is_right(

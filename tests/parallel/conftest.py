@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from eagle3_client import RemoteEagle3Backend
 PATIENCE_S = 90.0
 V, D = 131, 53  # of the checkpoint, and of its draft vocab
 TIMEOUT_S = 10  # of the shared group: a rank may wait so long for the other
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class GroupServer:
@@ -87,7 +80,8 @@ class GroupServer:
         self.process.wait()
         self._reader.join(PATIENCE_S)
         for pid in filter(is_alive, self.ranks):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self.process.stderr is not None:
             self.process.stderr.close()
 

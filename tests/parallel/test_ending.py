@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.parallel.conftest import PATIENCE_S, GroupServer, V, run_ranks
+from tests.ports import free_port
 
 from eagle3_client import RemoteEagle3Backend, RemoteEagle3Error
 
@@ -144,25 +145,27 @@ COMPARED = [
 ]
 
 
-def test_an_error_of_the_model_leaves_the_group_whole(free_port: int) -> None:
+def test_an_error_of_the_model_leaves_the_group_whole() -> None:
     calls = ["target_head", "input_embeddings", "input_embeddings"]
-    said = run_ranks(free_port, "ranks", 0, 60, *calls).splitlines()
+    said = run_ranks(free_port(), "ranks", 0, 60, *calls).splitlines()
     assert said == [*COMPARED, "target_head: RuntimeError: of the model",
                     *["input_embeddings: done"] * 2]  # fmt: skip
 
 
-def test_a_rank_that_ends_a_computation_otherwise_breaks_the_group(free_port: int) -> None:
+def test_a_rank_that_ends_a_computation_otherwise_breaks_the_group() -> None:
     """At once, whichever of them it was: the next collectives would not meet."""
-    said = run_ranks(free_port, "ranks", 0, 20, "draft_head", "input_embeddings").splitlines()
+    said = run_ranks(free_port(), "ranks", 0, 20, "draft_head", "input_embeddings").splitlines()
     assert said[:2] == COMPARED
     (last,) = said[2:]
     assert last.startswith("draft_head: GroupBroken: a computation ended with success on rank 0")
     assert "in another way on ranks [1]" in last
 
 
-def test_a_rank_that_stalls_beyond_the_timeout_breaks_the_group(free_port: int) -> None:
+def test_a_rank_that_stalls_beyond_the_timeout_breaks_the_group() -> None:
     """Its collective fails on both, as a forward would, and so would every one after it."""
-    said = run_ranks(free_port, "ranks", 9, 6, "input_embeddings", "input_embeddings").splitlines()
+    said = run_ranks(
+        free_port(), "ranks", 9, 6, "input_embeddings", "input_embeddings"
+    ).splitlines()
     assert said[:2] == COMPARED
     assert said[2].startswith("input_embeddings: GroupBroken: ")
     assert len(said) == 3

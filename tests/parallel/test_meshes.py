@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.parallel.conftest import V, run_ranks
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +21,7 @@ LOGITS = {"float32": 5e-5, "bfloat16": 0.4}  # absolute; they reach 15
 @pytest.fixture(scope="module")
 def cases(checkpoint: Path, tmp_path_factory: Any) -> dict[str, list[dict[str, Any]]]:
     """What `meshes.py` found, by case: one entry a rank."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    lines = run_ranks(port, "meshes", checkpoint).splitlines()
+    lines = run_ranks(free_port(), "meshes", checkpoint).splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     return {each["case"]: each["ranks"] for each in found}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.parallel.conftest import PATIENCE_S, TIMEOUT_S, D, GroupServer, V
+from tests.ports import free_port
 
 from eagle3_client import RemoteEagle3Error
 from eagle3_schemas import pack_sequences
@@ -125,12 +126,10 @@ def test_it_idles_for_twice_its_timeout_and_serves(
     )
 
 
-def test_torchruns_variables_are_honoured(
-    checkpoint: Path, backend: Any, batch_of: Any, free_port: int
-) -> None:
+def test_torchruns_variables_are_honoured(checkpoint: Path, backend: Any, batch_of: Any) -> None:
     """Two commands as two hosts would run them."""
     here = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    here["MASTER_PORT"] = str(free_port)
+    here["MASTER_PORT"] = str(free_port())
     command = [checkpoint, "--tp", 2, "--device", "cpu", "--port", 0]
     follower = subprocess.Popen(
         [*GroupServer.command(), *map(str, command)], env={**here, "RANK": "1"},

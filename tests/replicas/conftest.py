@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ports import free_port
 from tests.processes import is_alive, read
 
 from eagle3_client import RemoteEagle3Backend
@@ -39,15 +39,6 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
     while not is_true():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
-
-
-def two_free_ports() -> int:
-    """The first of two free ports in a row."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = int(first.getsockname()[1])
-            with suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
-                return port
 
 
 class Command:
@@ -93,6 +84,7 @@ class Command:
 
     @property
     def urls(self) -> list[str]:
+        wait_until(lambda: self.printed.endswith("\n"), "it printed no URLs")
         return self.printed.splitlines()[-1].split(",")
 
     def server_of(self, replica: int) -> int:
@@ -144,7 +136,7 @@ def urls_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def command(checkpoint: Path, urls_file: Path) -> Iterator[Command]:
     """Two replicas that are ready; the module's last test ends them."""
-    port = two_free_ports()
+    port = free_port(in_a_row=2)
     started = Command(
         checkpoint, "--replicas", 2, "--port", port, "--device", "cpu", "--urls-file", urls_file,
         # Longer than the three seconds after which a handler of Ray's would abort.

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ports import free_port
 from tests.processes import is_alive, read
-from tests.replicas.conftest import PATIENCE_S, V, two_free_ports, wait_until
+from tests.replicas.conftest import PATIENCE_S, V, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -79,7 +80,7 @@ def test_a_cluster_is_joined_and_left_as_it_was(
     folder = tempfile.mkdtemp(prefix="eagle3-test-", dir="/tmp")  # Ray's paths must be short
     code, port, log = (
         "from ray.scripts.scripts import main; main()",
-        two_free_ports(),
+        free_port(in_a_row=2),
         tmp_path / "log",
     )
     with log.open("w") as said:

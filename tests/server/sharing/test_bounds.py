@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -125,7 +126,9 @@ def test_connections_over_the_limit_are_refused_and_come_back(
     for sock in busy:
         assert sock.recv(100).startswith(b"HTTP/1.1 200")
         sock.close()
-    assert is_right(9, one.ask(9))
+    # Until the server has seen that they are closed it refuses, for now.
+    answers = (one.ask(9) for _ in range(2000))
+    assert is_right(9, next(answer for answer in answers if answer.status_code != 503))
     metrics = one.http.get("/metrics").text
     assert 'eagle3_rejections_total{reason="max_connections"} 0.0' not in metrics
 
@@ -145,9 +148,17 @@ def test_an_idle_connection_makes_room_for_a_new_one(live_server: Any, trainer: 
     one = trainer(live_server(SeededTarget(), max_connections=3, token="secret"),
                   authorization="Bearer secret")  # fmt: skip
     strangers = [one.connect() for _ in range(6)]
-    for sock in strangers[3:]:
+    for sock in strangers[:3]:  # closed for the other three, as that of `one` is then
         with suppress(ConnectionError):
-            sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert answer_on(sock) == b""
+    for sock in strangers[3:]:  # with their answers read they are idle, and not new any more
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        assert (response.status, len(response.read())) == (
+            200,
+            int(response.headers["content-length"]),
+        )
     for _ in range(3):
         assert one.status()["state"] == "ready"
     for sock in strangers:
