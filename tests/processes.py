@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+_GONE = (FileNotFoundError, ProcessLookupError)
+"""What the kernel says of a process that ends, by how far it has; other errors are errors."""
+
 
 def is_alive(pid: int) -> bool:
     """Whether a thread of it lives: its first may be a zombie while others hold its sockets."""
-    with suppress(OSError):  # ENOENT or ESRCH, as far as it has gone
+    with suppress(*_GONE):
         for thread in os.listdir(f"/proc/{pid}/task"):
             stat = read(pid, f"task/{thread}/stat").decode()
             if stat and stat.rpartition(")")[2].split()[0] not in "ZX":
@@ -20,7 +23,7 @@ def is_alive(pid: int) -> bool:
 
 def read(pid: int, name: str) -> bytes:
     """A file of its folder in /proc; nothing if it is gone."""
-    with suppress(OSError):
+    with suppress(*_GONE):
         return Path(f"/proc/{pid}/{name}").read_bytes()
     return b""
 
@@ -29,9 +32,9 @@ def listening(pids: Iterable[int]) -> list[str]:
     """Addresses at which they listen by TCP, in hexadecimal as the kernel prints them."""
     inodes = set()
     for pid in pids:
-        with suppress(OSError):
+        with suppress(*_GONE):
             for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                with suppress(OSError):
+                with suppress(*_GONE):
                     inodes.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
     return [
         columns[1].partition(":")[0]
